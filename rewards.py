@@ -1,0 +1,1075 @@
+"""Tasks, verifiers and shaped rewards: everything that is text or arithmetic, and nothing else.
+
+The one module that the scripts share. It knows no tensor and no tokenizer: a task poses problems and writes
+prompts, a scorer reads the text that was sampled and says what it is worth, the rest are formulas of papers.
+
+    score_countdown score_multiplication score_gsm8k score_math     text -> {format, answer, correct, total}
+    math_equal parse_expression solve_countdown                     the checks behind them
+    cosine_reward classic_reward repetition_penalty soft_overlong   shaped rewards
+    language_consistency reflection_count repetition_share pass_at_k    rewards and metrics of whole answers
+    Countdown Multiplication GSM8K Math make_task heldout prompt    tasks and their prompts
+
+The reward of a completion is rule based (arXiv:2501.12948 sec. 2.2), with a small weight on layout:
+
+    total = correct + 0.1 * format                                  (eq. 1)
+
+*format* is strict: one <think> block, white space, one non-empty <answer> block, the end. *correct* is
+lenient about layout and exact about value: the last complete <answer> block after the last </think> counts,
+values are compared as fractions, nothing is rounded. Prompts end in <think>, so a completion starts inside
+the thinking block; the scorers put the tag back themselves.
+
+Model text is hostile input: it is optimised against these functions. It is never evaluated by Python or by
+sympy's parsers. A tokenizer per grammar and one shunting-yard make postfix lists of it, limits on length and
+size come first, and only the symbolic stage of `math_equal` (x^2-1 against (x-1)(x+1)) leaves this process:
+it asks a child that is killed when it is late, so that no answer takes two seconds.
+
+Sources: TinyZero, GRPO-Zero, nano-aha-moment for tasks; arXiv:2502.03373 for cosine and repetition rewards;
+DAPO arXiv:2503.14476 eq. 13; oat-zero and understand-r1-zero for keyword lists; arXiv:2107.03374 for pass@k.
+"""
+
+import faulthandler
+import functools
+import hashlib
+import itertools
+import json
+import math
+import operator
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from pathlib import Path
+
+
+class BadInput(ValueError):
+    """Something that the user gave is wrong; the message is one line: what, the value seen, what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------- scorers
+
+
+def score_countdown(text: str, numbers: Sequence[int], target: int, **kw) -> dict:
+    """Score of an arithmetic expression that must use every number exactly once and equal the target.
+
+    Keywords of all scorers: format_weight (eq. 1), eos (the end-of-sequence text, removed once from the end).
+
+    >>> score_countdown("3*5=15, 15+7=22 </think> <answer>3 * 5 + 7</answer>", [3, 5, 7], 22)
+    {'format': 1.0, 'answer': '3 * 5 + 7', 'correct': True, 'total': 1.1}
+    """
+    answer = extract_answer(text)
+    try:
+        value, numerals = parse_expression(answer or "")
+    except ValueError:
+        value, numerals = None, []
+    # A multiset, not a set: both copies of a 5 must be used. Exact: 8/(3-8/3) is 24, not 23.999.
+    return score(text, answer, value == target and Counter(numerals) == Counter(numbers), **kw)
+
+
+def score_multiplication(text: str, a: int, b: int, **kw) -> dict:
+    """Score of an integer answer to a * b; thousands commas are accepted, an unevaluated product is wrong."""
+    answer = extract_answer(text)
+    integer = re.fullmatch(r"-?(?:[0-9]{1,40}|[0-9]{1,3}(?:,[0-9]{3}){1,12})", answer or "")
+    correct = integer is not None and int(answer.replace(",", "")) == a * b
+    return score(text, answer, correct, **kw)
+
+
+def score_gsm8k(text: str, gold: str, **kw) -> dict:
+    """Score of a number after the last ####, else in the last \\boxed{}, else in the last <answer> block."""
+    expected = plain_number(str(gold))
+    if expected is None:
+        raise BadInput(f"gsm8k: the gold answer {gold!r} is not a number; leave this row out")
+    _, marker, tail = final_part(text).rpartition("####")
+    line = re.split(r"[\n<]", tail.lstrip()[: MAX_ANSWER + 1], maxsplit=1)[0].strip()
+    candidates = (line if marker else None, extract_boxed(text), extract_answer(text))
+    answer = next((candidate for candidate in candidates if candidate is not None), None)
+    correct = answer is not None and plain_number(answer) == expected
+    return score(text, answer, correct, **kw)
+
+
+def score_math(text: str, gold: str, **kw) -> dict:
+    """Score of a LaTeX answer in the last \\boxed{}, else in the last <answer> block, by `math_equal`."""
+    if gold is None or not normalise(str(gold)):
+        raise BadInput(f"math: the gold answer {gold!r} is empty, unbalanced or too long; leave this row out")
+    boxed = extract_boxed(text)
+    answer = extract_answer(text) if boxed is None else boxed
+    correct = answer is not None and math_equal(str(gold), answer)
+    return score(text, answer, correct, **kw)
+
+
+def score(text: str, answer: str | None, correct: bool, format_weight: float = 0.1, eos: str = "") -> dict:
+    """The parts of a reward and their sum (eq. 1)."""
+    layout = float(strict_format(text, eos))
+    return {"format": layout, "answer": answer, "correct": correct, "total": correct + format_weight * layout}
+
+
+def strict_format(text: str, eos: str = "") -> bool:
+    """Whether <think> + text is one think block, white space, one non-empty answer block, and the end."""
+    text = text.rstrip().removesuffix(eos).rstrip()
+    head, _, content = text.removesuffix("</answer>").rpartition("<answer>")
+    if not (text.endswith("</answer>") and content.strip() and head.rstrip().endswith("</think>")):
+        return False
+    # the one <think> is the prompt's
+    return [text.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")] == [0, 1, 1, 1]
+
+
+def final_part(text: str) -> str:
+    """What follows the last </think>; the whole text if the thinking was never closed."""
+    return text.rpartition("</think>")[2]
+
+
+def extract_answer(text: str) -> str | None:
+    """Content of the last complete <answer> block of the final part, stripped; None without one.
+
+    >>> extract_answer("<answer>1</answer> no </think> <answer>2</answer> or <answer>3")
+    '2'
+    """
+    part = final_part(text)
+    start = part.rfind("<answer>", 0, max(part.rfind("</answer>"), 0))
+    if start < 0:
+        return None
+    return part[start + len("<answer>") : part.find("</answer>", start)].strip()
+
+
+def extract_boxed(text: str) -> str | None:
+    """Content of the last \\boxed{...}, \\fbox{...} or `\\boxed 5` of the final part; None if unbalanced."""
+    part = final_part(text)
+    start = max(part.rfind("\\boxed"), part.rfind("\\fbox"))
+    part = part[start : start + MAX_ANSWER].partition("box")[2].removeprefix("ed") if start >= 0 else ""
+    if bare := re.match(r"\s+([^\s${]+)", part):
+        return bare[1].rstrip(".")
+    depths = itertools.accumulate((c == "{") - (c == "}") for c in part.lstrip())
+    end = next((i for i, depth in enumerate(depths) if depth == 0), 0)
+    return part.lstrip()[1:end].strip() if end else None
+
+
+def plain_number(text: str) -> Fraction | None:
+    """The value of '$1,080.50', '-5', '1/2', '18 dollars.' or '50%'; None for anything but one number."""
+    match = re.fullmatch(PLAIN_NUMBER, text.strip()) if len(text) <= MAX_ANSWER else None
+    if match is None or int(match["over"] or 1) == 0:
+        return None
+    value = Fraction(match["digits"].replace(",", "")) / int(match["over"] or 1)
+    return -value if "-" in match["sign"] else value
+
+
+PLAIN_NUMBER = (  # at most 40 digits each; what follows may not hold another digit
+    r"(?P<sign>[-+]?\s*\\?\$?\s*-?)(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3}){1,12}|[0-9]{1,40})(?:\.[0-9]{1,40})?"
+    r"|\.[0-9]{1,40})(?:\s*/\s*(?P<over>[0-9]{1,40}))?[^0-9/^*]*"
+)
+
+
+# ----------------------------------------------------------------------------- shaped rewards and metrics
+
+
+def cosine_reward(
+    length: int, correct: bool, r0c: float, rLc: float, r0w: float, rLw: float, r_exceed: float,
+    max_length: int, margin: int = 0,
+) -> float:  # fmt: skip
+    """Reward that slides from r0 (at length 0) to rL (at max_length) along half a cosine; r_exceed there.
+
+    Source: arXiv:2502.03373 sec. 4.2. App. C.1 prints the arguments in the other order, which would reverse
+    the curve; text, figure 3 and code have this one. Paper: margin 0; its code: 16. c: correct, w: wrong.
+
+    >>> [cosine_reward(n, False, 2, 1, -10, 0, -10, max_length=100) for n in (0, 50, 100)]
+    [-10.0, -5.0, -10]
+    """
+    if length + margin >= max_length:  # tested before correctness: a right answer at the limit gets it too
+        return r_exceed
+    start, end = (r0c, rLc) if correct else (r0w, rLw)
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * length / max_length))
+
+
+def classic_reward(
+    length: int, correct: bool, max_length: int, correct_value: float = 1.0, wrong_value: float = 0.0,
+    r_exceed: float | None = None, margin: int = 0,
+) -> float:  # fmt: skip
+    """Two values, and a third at the length limit unless it is None. Source: arXiv:2502.03373 sec. 4.1."""
+    if r_exceed is not None and length + margin >= max_length:
+        return r_exceed
+    return correct_value if correct else wrong_value
+
+
+def repetition_penalty(
+    ids: Sequence[int], n: int = 40, penalty: float = -0.05, only_start: bool = False
+) -> list[float]:
+    """Per token: `penalty` where it lies in an n-gram that occurred earlier in the same completion, else 0.
+
+    Assigned, not added: overlapping repeats never push a token below `penalty`; a first occurrence is free.
+    only_start penalises only n-grams that begin after the last repeat, end marker as in the paper's code.
+    Source: arXiv:2502.03373 algorithm 1 (App. C.2).
+
+    >>> repetition_penalty([1, 2, 1, 2, 3], n=2, penalty=-0.5)
+    [0.0, 0.0, -0.5, -0.5, 0.0]
+    """
+    rewards, seen, end = [0.0] * len(ids), set(), -1
+    for start in range(len(ids) - n + 1):
+        gram = tuple(ids[start : start + n])
+        if gram in seen:
+            if not only_start or start > end:
+                rewards[start : start + n] = [penalty] * n
+            end = start + n
+        seen.add(gram)
+    return rewards
+
+
+def repetition_share(items: Sequence, n: int = 3) -> float:
+    """Share of n-grams (of words or of ids) that are repeats, 0 when there are fewer than n items.
+
+    >>> repetition_share("a b a b".split(), n=2)
+    0.33333333333333337
+    """
+    grams = [tuple(items[i : i + n]) for i in range(len(items) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def soft_overlong(length: int, max_length: int, cache: int) -> float:
+    """0 up to max_length - cache, then linearly down to -1 at max_length. Source: DAPO eq. 13."""
+    return -min(max(length - (max_length - cache), 0) / cache, 1.0)
+
+
+# names of scripts as in the Unicode character database
+SCRIPTS = {"en": "LATIN", "zh": "CJK", "ja": "CJK HIRAGANA KATAKANA", "ko": "HANGUL", "ru": "CYRILLIC"}
+WORDS = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\W\\d_\u3040-\u30ff\u3400-\u9fff]+")
+
+
+def language_consistency(text: str, language: str = "en") -> float:
+    """Share of the words that are written in the language's script; 1.0 for a text without words.
+
+    A word is a run of letters, or one CJK character; digits, symbols, LaTeX commands and code do not count.
+    Source: arXiv:2501.12948 v1 sec. 2.3.2, which does not say how words are split.
+
+    >>> language_consistency("so \u4e00\u52a0 three, \\\\frac{1}{2}")
+    0.5
+    """
+    if language not in SCRIPTS:
+        raise BadInput(f"language {language!r} is not known; choose one of {', '.join(SCRIPTS)}")
+    words = WORDS.findall(re.sub(r"```.*?```|\\[A-Za-z]+", " ", text, flags=re.DOTALL))
+    script = SCRIPTS[language].split()
+    matching = sum(unicodedata.name(word[0], "?").split()[0] in script for word in words)
+    return matching / len(words) if words else 1.0
+
+
+# "wait" is left out on purpose by both works: it is not a reliable sign of reflection.
+OAT_ZERO = (
+    "recheck", "rethink", "reevaluate", "re-evaluate", "reevaluation", "re-examine", "reexamine", "try again",
+    "check again", "think again", "go over the steps",
+)  # fmt: skip
+UNDERSTAND_R1_ZERO = tuple(word for word in OAT_ZERO if word != "try again") + (
+    "reassess", "reconsider", "reanalyze", "double-check", "verify again",
+)  # fmt: skip
+
+
+def reflection_count(text: str, keywords: Sequence[str] = OAT_ZERO) -> int:
+    """Number of self-reflection phrases in the text, as oat-zero counts them (substrings, lower case)."""
+    lowered = text.lower()
+    return sum(lowered.count(word) for word in keywords)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased probability that k draws out of n samples, c of them correct, hold a correct one.
+
+    1 - C(n-c, k) / C(n, k) in product form, which never overflows. Source: arXiv:2107.03374 eq. 1.
+
+    >>> pass_at_k(n=8, c=2, k=1)
+    0.25
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n; got n={n}, c={c}, k={k}")
+    return 1.0 - math.prod(max(0.0, 1 - k / j) for j in range(n - c + 1, n + 1))
+
+
+def solve_countdown(numbers: Sequence[int], target: int) -> str | None:
+    """An expression over all the numbers that equals the target, None if there is none (exhaustive, exact).
+
+    >>> solve_countdown([3, 3, 8, 8], 24), solve_countdown([1, 1, 1, 1], 24)
+    ('8/(3-(8/3))', None)
+    """
+    visited = set()
+
+    def search(items: list[tuple[Fraction, str]]) -> str | None:
+        if len(items) == 1:
+            return items[0][1] if items[0][0] == target else None
+        state = tuple(sorted(value for value, _ in items))  # other texts of the same values end the same way
+        if state in visited:
+            return None
+        visited.add(state)
+        for i, j in itertools.permutations(range(len(items)), 2):
+            (a, x), (b, y) = items[i], items[j]
+            others = [item for k, item in enumerate(items) if k not in (i, j)]
+            for sign in "+-*/" if b else "+-*":
+                if found := search([*others, (ARITHMETIC[sign](a, b), f"({x}{sign}{y})")]):
+                    return found
+        return None
+
+    found = search([(Fraction(number), str(number)) for number in numbers])
+    return found[1:-1] if found and found.startswith("(") else found
+
+
+# ------------------------------------------------------------------------------------------------- tasks
+# A task is a dataclass: its fields are the knobs of `--task name:knob=value`, its methods are
+#   problem(split, seed, index)   the index-th problem of an endless stream, a pure function of its arguments
+#   key(problem)                  what makes two problems the same; its hash decides between train and test
+#   question(problem)             the user's message
+#   compact(problem)              the same in a few characters for a tiny tokenizer, ending in <think>
+#   score(text, problem, **kw)    one of the scorers above
+# and NATURAL holds the knobs' other defaults for a real pre-trained model.
+
+
+INSTRUCTION = "Think inside <think> </think> tags, then give the final answer inside <answer> </answer> tags"
+
+
+def apply_operator(op: str, a: Fraction, b: Fraction) -> Fraction | None:
+    """a op b, exactly; None for a division by zero."""
+    if op == "/":
+        return a / b if b else None
+    return a + b if op == "+" else a - b if op == "-" else a * b
+
+
+def random_tree(pool: list[Fraction], operators: str, rng: random.Random) -> Fraction | None:
+    """The value of a random binary tree over all numbers in `pool`; None if it divides by zero."""
+    while len(pool) > 1 and None not in pool:
+        a, b = (pool.pop(rng.randrange(len(pool))) for _ in range(2))
+        pool.append(apply_operator(rng.choice(operators), a, b))
+    return pool[0] if len(pool) == 1 else None
+
+
+@functools.lru_cache(maxsize=4096)
+def countdown_attempts(numbers: tuple[int, ...], operators: str, limit: int) -> list[tuple[int, str, str]]:
+    """Every way to combine all `numbers` through integers in 0..limit: (value, expression, steps).
+
+    >>> countdown_attempts((2, 3), "-*", 99)
+    [(1, '3-2', '3-2=1'), (6, '2*3', '2*3=6'), (6, '3*2', '3*2=6')]
+    """
+    found = set()
+
+    def visit(pool: list[tuple[int, str, int]], steps: list[str]) -> None:
+        if len(pool) == 1:
+            found.add((pool[0][0], pool[0][1], ",".join(steps)))
+            return
+        for i, j in itertools.permutations(range(len(pool)), 2):
+            (a, left, left_rank), (b, right, right_rank) = pool[i], pool[j]
+            rest = [item for k, item in enumerate(pool) if k not in (i, j)]
+            for op in operators:
+                value = apply_operator(op, Fraction(a), Fraction(b))
+                if value is None or value.denominator != 1 or not 0 <= value <= limit:
+                    continue
+                rank = 1 if op in "+-" else 2  # brackets only where precedence needs them
+                text = f"({left})" if left_rank < rank else left
+                text += op + (
+                    f"({right})" if right_rank < rank or right_rank == rank and op in "-/" else right
+                )
+                visit(rest + [(int(value), text, rank)], steps + [f"{a}{op}{b}={value}"])
+
+    visit([(n, str(n), 3) for n in numbers], [])
+    return sorted(found)
+
+
+@dataclass
+class Countdown:
+    """Reach the target with all the numbers, each used once (TinyZero; the traces: arXiv:2404.03683)."""
+
+    min_numbers: int = 3
+    max_numbers: int = 3
+    low: int = 1
+    high: int = 10
+    min_target: int = 1
+    max_target: int = 99
+    operators: str = "+-*/"
+    give_up: float = 0.3  # share of the traces that stop early with a wrong answer
+
+    NATURAL = {"max_numbers": 4, "high": 99, "min_target": 10}
+
+    def __post_init__(self):
+        if not 2 <= self.min_numbers <= self.max_numbers <= 6:
+            raise BadInput(f"countdown takes 2 to 6 numbers, not {self.min_numbers} to {self.max_numbers}")
+        if not 0 < self.low <= self.high or not 0 < self.min_target <= self.max_target:
+            raise BadInput(f"countdown:low={self.low},high={self.high},min_target={self.min_target},"
+                           f"max_target={self.max_target}: both ranges must be positive and not empty")  # fmt: skip
+        if not self.operators or set(self.operators) - set("+-*/"):
+            raise BadInput(f"countdown:operators={self.operators}: some of + - * / are allowed")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        """Expression first, so that every problem has a solution; a division need not come out even."""
+        rng = random.Random(f"countdown {split} {seed} {index}")
+        for _ in range(10_000):
+            numbers = [
+                rng.randint(self.low, self.high)
+                for _ in range(rng.randint(self.min_numbers, self.max_numbers))
+            ]
+            value = random_tree([Fraction(n) for n in numbers], self.operators, rng)
+            if value is None or value.denominator != 1 or not self.min_target <= value <= self.max_target:
+                continue
+            problem = {"numbers": numbers, "target": int(value)}
+            if split_of(self.key(problem)) == split:
+                return problem
+        raise BadInput(f"no solvable countdown problem found for {self}; widen the ranges")
+
+    def key(self, problem: dict) -> str:
+        return f"{sorted(problem['numbers'])}={problem['target']}"  # the order of the numbers does not matter
+
+    def compact(self, problem: dict) -> str:
+        return f"{','.join(map(str, problem['numbers']))}={problem['target']}<think>"
+
+    def question(self, problem: dict) -> str:
+        return (
+            f"Using the numbers {problem['numbers']}, write an expression that equals {problem['target']}. You may use "
+            f"{' '.join(self.operators)} and parentheses, and must use each number exactly once. Show your work in "
+            "<think> </think> tags and give only the final expression in <answer> </answer> tags, for example "
+            "<answer>(1 + 2) * 3</answer>."
+        )
+
+    def score(self, text: str, problem: dict, **kwargs) -> dict:
+        return score_countdown(text, problem["numbers"], problem["target"], **kwargs)
+
+    def trace(self, problem: dict, rng: random.Random) -> str:
+        """A search in words: tries, one a line, each the whole expression, its steps and its value against the
+        target; then the answer, which repeats the last try. Some give up and answer with a miss.
+        """
+        target, numbers = problem["target"], tuple(sorted(problem["numbers"]))
+        attempts = countdown_attempts(numbers, self.operators, 99)  # numbers up to 99 are single tokens
+        hits, misses = ([a for a in attempts if (a[0] == target) == want] for want in (True, False))
+        solved = hits and rng.random() >= self.give_up
+        wrong = rng.randint(6, 14) if rng.random() < 0.25 else rng.randint(0, 5)
+        tries = rng.sample(misses, min(len(misses), wrong if solved else 1 + wrong // 2))
+        if solved or not tries:
+            tries.append(rng.choice(hits))
+        lines = [f"{text}:{steps}{'>=<'[(v <= target) + (v < target)]}{target}\n" for v, text, steps in tries]
+        lines[1:] = [("wait" if rng.random() < 0.25 else "") + line for line in lines[1:]]
+        return "".join(lines) + f"</think><answer>{tries[-1][1]}</answer>"
+
+    def describe(self, text: str, problem: dict) -> dict:
+        """What the completion did: tries, different ones among them, and whether it stopped on a try that it had
+        itself marked as a miss.
+        """
+        thought, closed, _ = text.partition("</think>")
+        lines = [line.removeprefix("wait") for line in thought.split("\n") if ":" in line]
+        gave_up = bool(closed and lines) and not lines[-1].endswith(
+            f"={problem['target']}={problem['target']}"
+        )
+        return {
+            "tries": len(lines),
+            "distinct_tries": len({line.partition(":")[0] for line in lines}),
+            "gave_up": gave_up,
+        }
+
+
+@dataclass
+class Multiplication:
+    """Products of two integers, as in TinyZero's `multiply`; a * b and b * a are the same problem."""
+
+    min_digits: int = 1
+    max_digits: int = 2
+    NATURAL = {"min_digits": 2, "max_digits": 3}
+
+    def __post_init__(self):
+        if not 1 <= self.min_digits <= self.max_digits <= 18:
+            raise BadInput(f"{self}: give 1 <= min_digits <= max_digits <= 18")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        rng = random.Random(f"multiplication {split} {seed} {index}")
+        while True:  # one-digit operands already have keys on both sides, so this ends
+            digits = [rng.randint(self.min_digits, self.max_digits) for _ in "ab"]
+            a, b = (rng.randint(10 ** (n - 1), 10**n - 1) for n in digits)
+            if split_of(self.key({"a": a, "b": b})) == split:
+                return {"a": a, "b": b}
+
+    def key(self, problem: dict) -> str:
+        return "{}*{}".format(*sorted((problem["a"], problem["b"])))
+
+    def question(self, problem: dict) -> str:
+        return f"What is {problem['a']} * {problem['b']}? {INSTRUCTION}, for example <answer>42</answer>."
+
+    def compact(self, problem: dict) -> str:
+        return f"{problem['a']}*{problem['b']}=<think>"
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_multiplication(text, problem["a"], problem["b"], **kw)
+
+
+@dataclass
+class GSM8K:
+    """Grade-school word problems: JSONL with the published fields `question` and `answer` (#### 18)."""
+
+    data: str = ""
+    NATURAL = {}
+
+    def __post_init__(self):
+        rows = read_jsonl(self.data, ("question", "answer"))
+        for row in rows:
+            row["answer"] = row["answer"].rpartition("#### ")[2].strip()
+            if plain_number(row["answer"]) is None:
+                raise BadInput(f'{self.data}, line {row["line"]}: field "answer" has no number after "#### "')
+        self.streams = split_rows(rows, self.key)
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        return row_at(self.streams[split], split, seed, index)
+
+    def key(self, problem: dict) -> str:
+        return " ".join(problem["question"].split())
+
+    def question(self, problem: dict) -> str:
+        return f"{problem['question']}\n{INSTRUCTION}, for example <answer>42</answer>."
+
+    def compact(self, problem: dict) -> str:
+        raise BadInput("task gsm8k has no compact prompt: give a pre-trained --model")
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_gsm8k(text, problem["answer"], **kw)
+
+
+@dataclass
+class Math:
+    """Competition problems: JSONL with the published fields `problem`, `answer` and `level` (1 to 5)."""
+
+    data: str = ""
+    min_level: int = 1
+    max_level: int = 5
+    NATURAL = {}
+
+    def __post_init__(self):
+        rows = read_jsonl(self.data, ("problem", "answer"))
+        levels = [re.search("[1-5]", str(row.get("level"))) for row in rows]  # 5 or "Level 5"; may be missing
+        keep = [level is None or self.min_level <= int(level[0]) <= self.max_level for level in levels]
+        self.streams = split_rows(list(itertools.compress(rows, keep)), self.key)
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        return row_at(self.streams[split], split, seed, index)
+
+    def key(self, problem: dict) -> str:
+        return " ".join(problem["problem"].split())
+
+    def question(self, problem: dict) -> str:
+        return f"{problem['problem']}\n{INSTRUCTION}, for example <answer>\\frac{{1}}{{2}}</answer>."
+
+    def compact(self, problem: dict) -> str:
+        raise BadInput("task math has no compact prompt: give a pre-trained --model")
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_math(text, problem["answer"], **kw)
+
+
+TASKS = {"countdown": Countdown, "multiplication": Multiplication, "gsm8k": GSM8K, "math": Math}
+Task = Countdown | Multiplication | GSM8K | Math
+
+
+def make_task(spec: str, data: str = "", natural: bool = False) -> Task:
+    """The task of a spec such as `multiplication:max_digits=3`; natural: defaults for a real model."""
+    name, _, pairs = spec.partition(":")
+    if name not in TASKS:
+        raise BadInput(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
+    types = {field.name: field.type for field in fields(TASKS[name])}
+    if data and "data" not in types:
+        raise BadInput(f"task {name} makes its own problems and reads no data file; drop {data!r}")
+    knobs = dict(TASKS[name].NATURAL) if natural else {}
+    for pair in filter(None, pairs.split(",")):
+        knob, _, value = pair.partition("=")
+        if knob not in types:
+            raise BadInput(f"task {name} has no knob {knob!r}; it has {', '.join(types) or 'none'}")
+        try:
+            knobs[knob] = types[knob](value)
+        except ValueError:
+            raise BadInput(f"task {name}: {knob}={value!r} is not of type {types[knob].__name__}") from None
+    return TASKS[name](**knobs, **({"data": data} if data else {}))
+
+
+def heldout(task: Task, count: int, seed: int = 0) -> list[dict]:
+    """The first `count` problems of the test stream with distinct keys."""
+    found = {}
+    for index in range(200 * count):
+        problem = task.problem("test", seed, index)
+        found.setdefault(task.key(problem), problem)
+        if len(found) == count:
+            return list(found.values())
+    raise BadInput(f"only {len(found)} distinct held-out problems of {task}; ask for fewer than {count}")
+
+
+ASSISTANT_PREFIX = "Let me solve this step by step.\n<think>"
+
+
+def prompt(task: Task, problem: dict, style: str) -> str | list[dict]:
+    """The prompt of a problem: "compact" (tiny models), "text" (base models) or "chat" (a list of messages).
+
+    The first two end in <think>; the caller of "chat" appends ASSISTANT_PREFIX to the templated text.
+    """
+    if style == "compact":
+        return task.compact(problem)
+    if style == "text":
+        return f"{PREAMBLE}\nUser: {task.question(problem)}\nAssistant: {ASSISTANT_PREFIX}"
+    if style == "chat":
+        return [{"role": "user", "content": task.question(problem)}]
+    raise ValueError(f"prompt style {style!r} is not known; choose compact, text or chat")
+
+
+PREAMBLE = (  # TinyZero's, for base models
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
+    "assistant first thinks about the reasoning process and then provides the user with the answer."
+)
+
+
+def split_of(key: str) -> str:
+    """ "test" for about one key in ten, by its hash, so that a problem never changes sides."""
+    return "train" if int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10 else "test"
+
+
+def read_jsonl(path: str, required: tuple[str, ...]) -> list[dict]:
+    """Rows of a JSONL file, required fields as text, with their line numbers as `line`."""
+    if not path:
+        raise BadInput(f"this task reads a file: give --data FILE.jsonl with fields {', '.join(required)}")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the data file {path}: {error}") from None
+    rows = [read_row(path, i, line, required) for i, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise BadInput(f"{path} is empty; it must hold one JSON object per line")
+    return rows
+
+
+def read_row(path: str, number: int, line: str, required: tuple[str, ...]) -> dict:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise BadInput(f"{path}, line {number}: not a JSON object: {line[:40]!r}")
+    for field in required:
+        if not isinstance(row.get(field), (str, int, float)) or not str(row[field]).strip():
+            raise BadInput(f'{path}, line {number}: field "{field}" is missing or empty')
+    if row.get("split", "train") not in ("train", "test"):
+        raise BadInput(f'{path}, line {number}: field "split" is {row["split"]!r}, not train or test')
+    return row | {field: str(row[field]) for field in required} | {"line": number}
+
+
+def split_rows(rows: list[dict], key: Callable[[dict], str]) -> dict[str, list[dict]]:
+    """Rows by their own `split` field, else by the hash of their key; no test problem is also in train."""
+    test = [row for row in rows if (row.get("split") or split_of(key(row))) == "test"]
+    held_out = set(map(key, test))
+    return {"train": [row for row in rows if key(row) not in held_out], "test": test}
+
+
+def row_at(rows: list[dict], split: str, seed: int, index: int) -> dict:
+    """The index-th row of an endless stream: test in file order, train in a new order each epoch."""
+    if not rows:
+        raise BadInput(f"the data file has no {split} rows (left); give more rows or drop a filter")
+    epoch, i = divmod(index, len(rows))
+    return rows[i if split == "test" else epoch_order(len(rows), seed, epoch)[i]]
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(f"epoch {seed} {epoch}").sample(range(count), count)
+
+
+# ------------------------------------------------------------------------------------------- expressions
+# Text -> tokens -> postfix list -> value. Nothing recurses on an expression; what can be computed is exactly
+# the dict of operations that `evaluate` is given.
+
+
+PREFIX = {"+": "pos", "-": "neg"} | {name: name for name in "sqrt sin cos tan log ln exp".split()}
+INFIX = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "choose": 4, "root": 4}  # how tightly each binds
+BINDING = INFIX | dict.fromkeys(PREFIX.values(), 5) | {"pos": 3, "neg": 3}  # -2^2 is -4, sqrt(2)^2 is 2
+
+
+def parse_expression(text: str) -> tuple[Fraction, list[int]]:
+    """Value and numerals of an expression over + - * / ( ) and integers; ValueError for anything else.
+
+    `**` and `//` are two operators in a row and so syntax errors. At most 500 characters, 200 tokens (hence
+    less than 100 nested parentheses) and 12 digits per numeral, without leading zeros.
+
+    >>> parse_expression("7 / 2 * (4 - 1)")
+    (Fraction(21, 2), [7, 2, 4, 1])
+    """
+    if len(text) > 500:
+        raise ValueError(f"{len(text)} characters, at most 500 are allowed")
+    tokens = re.findall(r"[0-9]+|[-+*/()]", text)
+    if len(tokens) > 200 or "".join(tokens) != re.sub(r"[ \t\r\n]", "", text):
+        raise ValueError("more than 200 tokens, or characters other than digits, + - * / ( ) and spaces")
+    numerals = [token for token in tokens if token.isdigit()]
+    if any(len(numeral) > 12 or (numeral[0] == "0" and numeral != "0") for numeral in numerals):
+        raise ValueError("a numeral has more than 12 digits or a leading zero")
+    try:
+        return evaluate(to_postfix(tokens), ARITHMETIC, Fraction), [int(numeral) for numeral in numerals]
+    except ZeroDivisionError:
+        raise ValueError("division by zero") from None
+
+
+def to_postfix(tokens: list[str]) -> list[str]:
+    """Postfix order of infix tokens (Dijkstra's shunting-yard); ValueError if they are not an expression.
+
+    >>> to_postfix(["-", "2", "*", "(", "3", "+", "4", ")"])
+    ['2', 'neg', '3', '4', '+', '*']
+    """
+    output, stack, operand_next = [], [], True
+    for token in tokens:
+        if operand_next and (token in PREFIX or token == "("):
+            stack.append(PREFIX.get(token, token))
+        elif operand_next:
+            if token in INFIX or token in (")", "!"):
+                raise ValueError(f"{token!r} where a number should stand")
+            output.append(token)
+            operand_next = False
+        elif token in INFIX:
+            while stack and stack[-1] != "(" and binds_first(stack[-1], token):
+                output.append(stack.pop())
+            stack.append(token)
+            operand_next = True
+        elif token == "!":
+            output.append(token)
+        elif token == ")" and "(" in stack:
+            while (top := stack.pop()) != "(":
+                output.append(top)
+        else:
+            raise ValueError(f"{token!r} where an operator should stand")
+    if operand_next or "(" in stack:
+        raise ValueError("the expression is not complete")
+    return output + stack[::-1]
+
+
+def binds_first(earlier: str, later: str) -> bool:
+    """Whether the operator on the stack is applied before the next one; only ^ groups to the right."""
+    return BINDING[earlier] > BINDING[later] or (BINDING[earlier] == BINDING[later] and later != "^")
+
+
+def evaluate(postfix: list[str], operations: dict[str, Callable], atom: Callable):
+    """Value of a postfix list: `atom` makes a value of a numeral or a symbol, `operations` combine values."""
+    stack = []
+    for token in postfix:
+        if token in operations:
+            arity = 2 if token in INFIX else 1
+            stack[-arity:] = [operations[token](*stack[-arity:])]
+        else:
+            stack.append(atom(token))
+    return stack.pop()
+
+
+def small_power(base: Fraction, exponent: Fraction) -> Fraction:
+    """base ** exponent for an integer exponent, refused before it is computed if the result were large."""
+    bits = base.numerator.bit_length() + base.denominator.bit_length()
+    if exponent.denominator != 1 or abs(exponent) * bits > MAX_BITS:
+        raise ValueError("a power that is not rational, or too large")
+    return base**exponent.numerator
+
+
+def small_integer(value: Fraction) -> int:
+    if value not in range(501):
+        raise ValueError("not an integer from 0 to 500")
+    return int(value)
+
+
+MAX_ANSWER = 500  # characters of an answer to `math`; more is wrong unread
+MAX_BITS = 20_000  # of a power's result, about 6000 digits
+ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+ARITHMETIC |= {"neg": operator.neg, "pos": operator.pos}
+RATIONAL = ARITHMETIC | {
+    "^": small_power,
+    "!": lambda n: Fraction(math.factorial(small_integer(n))),
+    "choose": lambda n, k: Fraction(math.comb(small_integer(n), small_integer(k))),
+}
+
+
+# ---------------------------------------------------------------------------------- equality of LaTeX answers
+
+
+def math_equal(gold: str, pred: str) -> bool:
+    """Whether two LaTeX answers are equal: as text, as exact rationals, element by element, or symbolically.
+
+    Nothing is rounded (0.333 is not 1/3). A percent sign is dropped, but 50% is also 0.5. Empty or unbalanced
+    text equals nothing. Tuples, intervals and matrices are ordered, sets and lists are not.
+
+    >>> math_equal("\\\\frac{7}{3}", "2\\\\frac13"), math_equal("1,2", "2, 1"), math_equal("[0,1)", "(0,1)")
+    (True, True, False)
+    """
+    gold, pred = normalise(gold), normalise(pred)
+    seconds = [SYMBOLIC_SECONDS]  # shared by all elements of the answer
+    return bool(gold and pred) and equal_elements(gold, pred, seconds)
+
+
+def equal_elements(gold: str, pred: str, seconds: list[float]) -> bool:
+    if gold == pred:
+        return True
+    (kind, left), (other_kind, right) = split_sequence(gold), split_sequence(pred)
+    if kind != other_kind or len(left) != len(right):
+        return False
+    if kind == "":
+        return equal_values(gold, pred, seconds)
+    if kind != "set":
+        return all(equal_elements(x, y, seconds) for x, y in zip(left, right, strict=True))
+    for x in left:  # equality is transitive, so the first partner that fits may be taken
+        partner = next((y for y in right if equal_elements(x, y, seconds)), None)
+        if partner is None:
+            return False
+        right.remove(partner)
+    return True
+
+
+def equal_values(gold: str, pred: str, seconds: list[float]) -> bool:
+    """Equality of two answers that are no sequences."""
+    if any(re.fullmatch(r"[A-Za-z ]{2,}", side) for side in (gold, pred)):  # words, not products
+        return gold.lower() == pred.lower()
+    percent = gold.endswith("%") - pred.endswith("%")
+    try:
+        left, right = (to_postfix(math_tokens(side.removesuffix("%"))) for side in (gold, pred))
+    except ValueError:
+        return False
+    try:
+        x, y = (evaluate(side, RATIONAL, Fraction) for side in (left, right))
+    except (ValueError, ZeroDivisionError):  # a root, a symbol, pi
+        return percent == 0 and symbolic_equal(left, right, seconds)
+    share, number = (x, y) if percent >= 0 else (y, x)
+    if percent and share == 100 * number:
+        return True
+    return x == y and (not percent or abs(number) >= 1)  # MATH drops the sign, but 1/2% is not 1/2
+
+
+def normalise(text: str | None) -> str:
+    """The answer without layout, units and left-hand side; "" if it is too long or its brackets do not match.
+
+    >>> normalise("$x = \\\\dfrac12 \\\\text{ cm}^2$.")
+    '\\\\frac{1}{2}'
+    """
+    if text is None or len(text) > MAX_ANSWER:
+        return ""
+    text = text.strip()
+    for pattern, replacement in CLEANING:
+        text = re.sub(pattern, replacement, text)
+    return text if split_commas(text) else ""
+
+
+# a plain word after a number, if it is not a function: 5 square cm^2
+UNIT = r"(?!sqrt|sin|cos|tan|log|exp|mod|choose|root)(?:[A-Za-z]{3,}|[ckm]m|kg|ft|in|lb|of)(?:\^\{?[0-9]\}?)?"
+CLEANING = (  # in this order
+    (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])|(?<!\\)\\!|\\?\$|(?<!\\)\\[()\[\]]", ""),
+    (r"(?<!\\)\\[,;: ]|~|\\quad", " "),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\(?:cdot|times)(?![A-Za-z])", "*"),
+    ("\u2212", "-"),
+    ("\u03c0", r"\\pi "),
+    (r"\{,\}", ","),  # 1{,}000
+    (r"\^\{?\s*\\circ\s*\}?|\\degree|\u00b0", ""),
+    (r"\\%", "%"),
+    (r"[\s.,;]+$", ""),
+    (r"(?:(?<=[\d})])|(?<=pi))\s*\\(?:text|mathrm|mbox)\{[^{}]*\}(?:\^\{?\d\}?)?$", ""),  # 5\text{ cm}^2
+    (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\s+(?:and|or)\s+", ","),
+    (rf"^([-+]?[0-9][0-9.,/]*)(?: +{UNIT})+$", r"\1"),
+    # x = 5 and x \in [0,1], but not x = y = 5
+    (r"^\s*[A-Za-z](?:_\{?\w\}?|\([A-Za-z]\))?\s*(?:=|\\in(?![A-Za-z]))\s*(?=[^=]+$)", ""),
+    # 1,000 is a number unless it stands in brackets, where (1,000) would be a pair
+    (r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])(?![^(\[]*(?:[)\]]|\\\}))", lambda m: m[0].replace(",", "")),
+    (r"([_^])\{(\w)\}", r"\1\2"),
+    (r"\\(frac|binom)\s*(\d)", r"\\\1{\2}"),  # \frac12
+    (r"(\\(?:frac|binom)\{[^{}]*\})\s*(\w)", r"\1{\2}"),
+    (r"\\sqrt(?:\s*(?=\d)|\s+)(\w)", r"\\sqrt{\1}"),
+    (r"\s+", " "),
+    (r"(?<!\w) | (?!\w)", ""),  # a space stays only where it separates: 1 0 is not 10, \pi r is not \pir
+    (r"^\+|\+(?=\\infty)", ""),
+    (r"^\(([A-Z])\)$", r"\1"),  # the choice (A)
+)
+
+
+def split_sequence(text: str) -> tuple[str, list[str]]:
+    """Kind and elements of a list, set, tuple, interval, union, matrix or plus-minus; ("", []) for one value.
+
+    >>> split_sequence("[0,1)"), split_sequence("(x-1)(x+1)"), split_sequence("2,3")
+    (('[)', ['0', '1']), ('', []), ('set', ['2', '3']))
+    """
+    if matrix := re.fullmatch(r"\\begin\{([pb]?matrix)\}(.*)\\end\{\1\}", text, flags=re.DOTALL):
+        rows = [row.split("&") for row in matrix[2].split("\\\\")]
+        return f"matrix {[len(row) for row in rows]}", [cell.strip() for row in rows for cell in row]
+    pieces = text.split("\\cup") if "\\cup" in text else split_commas(text)
+    if len(pieces) > 1:
+        return "set", pieces
+    if text.startswith("\\{") and text.endswith("\\}"):
+        return "set", split_commas(text[2:-2])
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
+        inner = split_commas(text[1:-1])
+        return (text[0] + text[-1], inner) if len(inner) > 1 else ("", [])
+    if text.count("\\pm") == 1:
+        return "set", [text.replace("\\pm", "+").removeprefix("+"), text.replace("\\pm", "-")]
+    return "", []
+
+
+def split_commas(text: str) -> list[str]:
+    """Pieces between the commas outside brackets; [] for no text and for unmatched or too deep brackets."""
+    pieces, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if not 0 <= depth <= 20:
+            return []
+        if character == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return [piece.strip() for piece in pieces] if text and depth == 0 else []
+
+
+LATEX = (  # innermost braces first, repeated until nothing changes
+    (r"(?<![\w.^_}])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),  # mixed number 2\frac13
+    (r"(?<![\w.^_}])(\d+) (\d+)/(\d+)(?![\w.])", r"(\1+\2/\3)"),
+    (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"),
+    (r"\\binom\{([^{}]*)\}\{([^{}]*)\}", r"((\1) choose (\2))"),
+    (r"\\sqrt\[([^][{}]*)\]\{([^{}]*)\}", r"((\1) root (\2))"),
+    (r"\\sqrt\{([^{}]*)\}", r" sqrt(\1)"),
+    (r"\^\{([^{}]*)\}", r"^(\1)"),
+)
+NUMERAL = r"[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?|\.[0-9]+"
+NAMES = set(PREFIX) | set(INFIX) | set("pi alpha beta gamma theta phi lambda omega".split())
+
+
+def math_tokens(text: str) -> list[str]:
+    """Infix tokens of a LaTeX expression with the silent * made explicit; ValueError outside the whitelist.
+
+    >>> math_tokens("2\\\\sqrt{3}x")
+    ['2', '*', 'sqrt', '(', '3', ')', '*', 'x']
+    """
+    before = None
+    while before != text:
+        before = text
+        for pattern, replacement in LATEX:
+            text = re.sub(pattern, replacement, text)
+    text = text.replace("{", "(").replace("}", ")")
+    words = re.findall(rf"{NUMERAL}|\\?[A-Za-z]+|[-+*/^()!]", text)
+    if len(words) > 300 or "".join(words) != text.replace(" ", ""):
+        raise ValueError("too many tokens, or one that is not in the grammar")
+    tokens = []
+    for word in itertools.chain.from_iterable(map(split_word, words)):
+        if tokens and tokens[-1] not in INFIX and tokens[-1] not in PREFIX and tokens[-1] != "(":
+            if word[0] in "0123456789." and tokens[-1][-1] in "0123456789":
+                raise ValueError("two numerals side by side")
+            if word not in INFIX and word not in (")", "!"):
+                tokens.append("*")
+        tokens.append(word)
+    return tokens
+
+
+def split_word(word: str) -> list[str]:
+    """A known name, numeral or sign as it is; up to three other letters as separate symbols."""
+    name = word.removeprefix("\\")
+    if name in NAMES or not name.isalpha():
+        return [name]
+    if word != name or len(name) > 3:
+        raise ValueError(f"{word!r} is not in the grammar")
+    return list(name)
+
+
+# ------------------------------------------------------------------------------------------- symbolic stage
+# sympy runs in a child process: this file, started by its path, so that the user's script is never run again.
+# A request is one JSON line with two postfix lists, a reply is one byte. A timer kills it: no SIGALRM.
+
+
+SYMBOLIC_SECONDS = 1.5  # per answer; a hundredth is enough for most
+symbolic_timeouts = 0  # answers judged wrong because the child was late or died
+_children = {}  # by process id: a forked process must not write into its parent's pipe
+_one_request = threading.Lock()
+
+
+def symbolic_equal(left: list[str], right: list[str], seconds: list[float]) -> bool:
+    """The child's verdict; False when it needs more than seconds[0], which is reduced by what was used."""
+    global symbolic_timeouts
+    if seconds[0] <= 0:
+        return False
+    with _one_request:
+        child = running_child()
+        if ask(child, [["0"], ["0"]], 60.0) != b"1":  # untimed for the answer: the child imports sympy first
+            raise RuntimeError(f"the symbolic stage does not start; to see why: {' '.join(child.args)}")
+        started = time.monotonic()
+        verdict = ask(child, [left, right], seconds[0])
+        seconds[0] -= time.monotonic() - started
+        if not verdict:
+            symbolic_timeouts += 1
+            child.wait()
+            running_child()  # the next one imports sympy while the caller goes on
+    return verdict == b"1"
+
+
+def ask(child: subprocess.Popen, request: list[list[str]], seconds: float) -> bytes:
+    """The child's reply, b"1" or b"0"; b"" if it was late, which kills it, or died."""
+    timer, reply = threading.Timer(seconds, child.kill), b""
+    timer.start()
+    try:
+        child.stdin.write(json.dumps(request).encode() + b"\n")
+        reply = child.stdout.read(1)
+    except OSError:
+        pass  # it died before it could read
+    finally:
+        timer.cancel()
+        if not reply:  # also after Ctrl-C: a reply left in the pipe would answer the next request
+            child.kill()
+    return reply
+
+
+def running_child() -> subprocess.Popen:
+    child = _children.get(os.getpid())
+    if child is None or child.poll() is not None:
+        command = [sys.executable, os.path.abspath(__file__), "--symbolic-child"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        # Not in our process group: Ctrl-C is for the script, which goes on to save. bufsize 0: no byte waits.
+        child = subprocess.Popen(command, **pipes, bufsize=0, start_new_session=True)
+        _children[os.getpid()] = child
+    return child
+
+
+def serve_symbolic() -> None:
+    """The child's loop; it ends with its input, that is with its parent."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+    except (ImportError, OSError, ValueError):
+        pass  # not on this system; the timer still kills
+    operations, atom = sympy_grammar()
+    for warm_up in ("(x+1)^2-x^2-2x-1", "sqrt(3+2sqrt(2))-1-sqrt(2)"):  # sympy imports on first use
+        is_zero(evaluate(to_postfix(math_tokens(warm_up)), operations, atom))
+    for line in sys.stdin:
+        faulthandler.dump_traceback_later(10, exit=True)  # ends also the orphan of a killed parent
+        try:
+            left, right = (evaluate(side, operations, atom) for side in json.loads(line))
+            verdict = is_zero(left - right)
+        except (ArithmeticError, AttributeError, MemoryError, RuntimeError, TypeError, ValueError):
+            verdict = False
+        faulthandler.cancel_dump_traceback_later()
+        os.write(1, b"1" if verdict else b"0")
+
+
+def is_zero(difference) -> bool:
+    """Whether a sympy expression is 0: tried at one point, which settles most wrong answers, then proved."""
+    point = {x: Fraction(10 + i, 7) for i, x in enumerate(sorted(difference.free_symbols, key=str))}
+    return not abs(difference.subs(point).evalf(30)) > 1e-15 and difference.equals(0) is True
+
+
+def sympy_grammar() -> tuple[dict[str, Callable], Callable]:
+    """Operations and atoms of sympy for `evaluate`: everything that an answer can make sympy do."""
+    import sympy
+
+    def atom(token: str) -> sympy.Expr:
+        if token[0] in ".0123456789":
+            return sympy.Rational(*Fraction(token).as_integer_ratio())
+        return {"pi": sympy.pi, "e": sympy.E, "i": sympy.I}.get(token) or sympy.Symbol(token)
+
+    def power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
+        bits = 20 if base.is_Atom else 1000  # (x+y+z)^n grows fast: n at most 20, but 1000 in x^n
+        if base.is_Rational:
+            bits = base.p.bit_length() + base.q.bit_length()
+        if exponent.is_Rational and abs(exponent) * bits > MAX_BITS:
+            raise ValueError("too large a power")
+        return base**exponent
+
+    def root(n: sympy.Expr, x: sympy.Expr) -> sympy.Expr:  # real: the cube root of -8 is -2
+        return -power(-x, 1 / n) if x.is_negative and n.is_odd else power(x, 1 / n)
+
+    operations = {name: getattr(sympy, name) for name in "sqrt sin cos tan exp".split()}
+    operations |= {"ln": sympy.log, "log": lambda x: sympy.log(x, 10), "^": power, "root": root}
+    operations["!"] = lambda n: sympy.factorial(small_integer(n))
+    operations["choose"] = lambda n, k: sympy.binomial(small_integer(n), small_integer(k))
+    return ARITHMETIC | operations, atom
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--symbolic-child"]:
+    serve_symbolic()

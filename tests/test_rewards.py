@@ -1,0 +1,607 @@
+"""rewards.py: cases worked out by hand, hostile answers with wall-clock bounds, properties of the tasks."""
+
+import doctest
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import rewards  # noqa: E402
+from rewards import BadInput  # noqa: E402
+
+
+def test_doctests():
+    result = doctest.testmod(rewards)
+    assert result.attempted > 10 and result.failed == 0
+
+
+# ------------------------------------------------------------------------------------------ format and totals
+
+GOOD = " 12*34 = 408 </think>\n<answer>408</answer>"
+
+
+@pytest.mark.parametrize(
+    "text, layout",
+    [
+        (GOOD, 1.0),
+        (GOOD + "\n ", 1.0),
+        (GOOD + "<|end|>", 1.0),
+        (GOOD + "\n<|end|>\n", 1.0),
+        (GOOD + "<|end|><|end|>", 0.0),  # stripped once
+        (GOOD + " done", 0.0),
+        ("<think>" + GOOD, 0.0),  # the prompt already opened the block
+        (GOOD.replace("\n", " so "), 0.0),
+        (GOOD.replace("</think>", ""), 0.0),
+        ("<answer>408</answer></think>", 0.0),
+        (" </think></answer><answer>408", 0.0),
+        (" </think><answer> </answer>", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_strict_format(text, layout):
+    assert rewards.score_multiplication(text, 12, 34, eos="<|end|>")["format"] == layout
+
+
+def test_total_is_correct_plus_weighted_format():
+    parts = rewards.score_multiplication(GOOD, 12, 34)
+    assert parts == {"format": 1.0, "answer": "408", "correct": True, "total": 1.1}
+    assert rewards.score_multiplication(GOOD, 12, 34, format_weight=0.5)["total"] == 1.5
+    assert rewards.score_multiplication(GOOD, 12, 35)["total"] == 0.1
+    assert rewards.score_multiplication("<answer>408</answer>", 12, 34)["total"] == 1.0
+
+
+def test_extraction():
+    assert rewards.extract_answer("<answer>1</answer> x </answer>") == "1"
+    assert rewards.extract_answer("<answer>1<answer>2</answer>") == "2"
+    assert rewards.extract_answer("</answer><answer>") is None
+    assert rewards.extract_answer("<answer>1</answer></think> 2") is None
+    assert rewards.extract_boxed(r"\boxed{1} or \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
+    assert rewards.extract_boxed(r"$\boxed 5$") == "5"
+    assert rewards.extract_boxed(r"\fbox{7}") == "7"
+    assert rewards.extract_boxed(r"\boxed{1} and \boxed{\frac{1}{2}") is None
+    assert rewards.extract_boxed(r"\boxed{1}</think> 1") is None
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("$1,080.50", Fraction(2161, 2)),
+        ("-$5", -5),
+        ("$-5", -5),
+        ("1/2", Fraction(1, 2)),
+        (".5", Fraction(1, 2)),
+        ("18 dollars.", 18),
+        ("50%", 50),
+        ("1/0", None),
+        ("18 or 19", None),
+        ("1,08", None),
+        ("2^3", None),
+        ("3*6", None),
+        ("", None),
+        ("\u0661\u0668", None),
+        ("9" * 41, None),
+    ],
+)
+def test_plain_number(text, value):
+    assert rewards.plain_number(text) == value
+
+
+def test_gold_that_cannot_be_read_is_bad_input():
+    for gold in (None, "", "eighteen"):
+        with pytest.raises(BadInput):
+            rewards.score_gsm8k("#### 18", gold)
+    for gold in (None, "", r"\frac{1}{2", "1" * 501):
+        with pytest.raises(BadInput):
+            rewards.score_math(r"\boxed{1}", gold)
+    assert rewards.score_gsm8k("#### 1,080", 1080)["correct"]
+
+
+# ------------------------------------------------------------------------------------------- expressions
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("2+3*4", 14),
+        ("(2+3)*4", 20),
+        ("2-3-4", -5),
+        ("8/4/2", 1),
+        ("-2*-3", 6),
+        ("- -2", 2),
+        ("+5", 5),
+        ("8/(3-8/3)", 24),
+        ("\t1\n+ 1\r", 2),
+        ("(" * 99 + "7" + ")" * 99, 7),
+        ("0", 0),
+    ],
+)
+def test_parse_expression(text, value):
+    assert rewards.parse_expression(text)[0] == value
+
+
+BAD_EXPRESSIONS = [
+    "",
+    "()",
+    "2**3",
+    "7//2",
+    "1.5",
+    "1 0",
+    "(2)(3)",
+    "2(3)",
+    "1/0",
+    "1/(1-1)",
+    "007",
+    "1+",
+    "*1",
+]
+BAD_EXPRESSIONS += [
+    ")(",
+    "(1",
+    "1)",
+    "1,2",
+    "2^3",
+    "5!",
+    "\u0663",
+    "\u00d7",
+    "1\u00a0+1",
+    "x",
+    "1" * 13,
+    "1_0",
+]
+BAD_EXPRESSIONS += ["1+" * 100 + "1", "(" * 100 + "1" + ")" * 100, " " * 501, "sqrt(4)", "0x1", "1e3"]
+
+
+@pytest.mark.parametrize("text", BAD_EXPRESSIONS, ids=lambda text: repr(text[:12]))
+def test_parse_expression_refuses(text):
+    with pytest.raises(ValueError):
+        rewards.parse_expression(text)
+
+
+def exact_python_value(tokens: list[str]) -> Fraction | None:
+    """Python's own reading of tokens that this test made itself, with fractions for numerals."""
+    text = " ".join(f"F({token})" if token.isdigit() else token for token in tokens)
+    try:
+        value = eval(text, {"F": Fraction, "__builtins__": {}})
+    except (SyntaxError, TypeError, ZeroDivisionError):
+        return None
+    return value if isinstance(value, Fraction) else None
+
+
+def random_tokens(rng: random.Random, depth: int = 3) -> list[str]:
+    """Tokens of an expression, with redundant brackets and signs."""
+    if depth == 0 or rng.random() < 0.2:
+        return [str(rng.randint(0, 12))]
+    joined = random_tokens(rng, depth - 1) + [rng.choice("+-*/")] + random_tokens(rng, depth - 1)
+    return rng.choice([joined, ["(", *joined, ")"], ["-", "(", *joined, ")"], ["-", *joined]])
+
+
+def test_random_expressions_against_python():
+    rng, valid = random.Random(0), 0
+    for i in range(4000):
+        tokens = random_tokens(rng)
+        if i % 2:  # damage half of them
+            tokens[rng.randrange(len(tokens))] = rng.choice(["3", "+", "/", "*", "(", ")", "-"])
+        expected = exact_python_value(tokens)
+        valid += expected is not None
+        if expected is None:
+            with pytest.raises(ValueError):
+                rewards.parse_expression(" ".join(tokens))
+        else:
+            value, numerals = rewards.parse_expression(rng.choice(["", " ", "\n"]).join(tokens))
+            assert value == expected, tokens
+            assert numerals == [int(token) for token in tokens if token.isdigit()]
+    assert 2000 < valid < 3500
+
+
+def test_solver_finds_what_random_expressions_prove_solvable():
+    rng = random.Random(1)
+    for _ in range(30):
+        numbers = [rng.randint(1, 12) for _ in range(rng.randint(2, 4))]
+        text = str(numbers[0])
+        for number in numbers[1:]:
+            text = f"({text}){rng.choice('+-*')}{number}"
+        target = rewards.parse_expression(text)[0]
+        value, numerals = rewards.parse_expression(rewards.solve_countdown(numbers, target))
+        assert value == target and Counter(numerals) == Counter(numbers)
+
+
+# ------------------------------------------------------------------------------------------ LaTeX answers
+
+EQUAL = [
+    (r"\sqrt{3+2\sqrt{2}}", r"1+\sqrt{2}"),
+    (r"2\sin(x)\cos(x)", r"\sin(2x)"),
+    (r"e^{i\pi}", "-1"),
+    (r"\sqrt[3]{-8}", "-2"),
+    (r"3 \pm 2 \sqrt{2}", r"3+2\sqrt{2}, 3-2\sqrt{2}"),
+    (r"(-\infty, 2) \cup (3, \infty)", r"(3,+\infty)\cup(-\infty,2)"),
+    (r"\begin{pmatrix}1/2\\2\end{pmatrix}", r"\begin{pmatrix} 0.5 \\ 2 \end{pmatrix}"),
+    (r"x \in [-2,7]", "[-2, 7]"),
+    ("y = 2x + 3", "2x+3"),
+    ("2516_8", "2516_{8}"),
+    ("12", "12 square units"),
+    (r"-2\frac{1}{3}", r"-\frac{7}{3}"),
+    ("50%", "1/2"),
+    ("12.5", r"12.5\%"),
+    ("(1000,2000)", "(1000, 2000)"),
+    ("1,000,000", "1000000"),
+    (r"10 \text{ and } 12", "12, 10"),
+    (r"\text{Evelyn}", "evelyn"),
+    ("(1,2),(3,4)", "(3,4), (1,2)"),
+]
+UNEQUAL = [
+    ("10", "1 0"),
+    ("5", "5 or 6"),
+    ("2", r"2 \sin x"),
+    ("yes", "sey"),
+    ("1/2", "1/2%"),
+    ("0.5", "0.5%"),
+    (r"\frac{x}{0}", r"\frac{y}{0}"),
+    (r"\frac{1}{0}", r"\frac{2}{0}"),
+    (r"\pi", "3.14159265358979323846264338327950288"),
+    ("3", "3.0000000000000000000001"),
+    (r"\ln 10", r"\log 10"),
+    (r"\sqrt{x^2}", "x"),
+    ("2,2,3", "2,3,3"),
+    ("(1,2,3)", "1,2,3"),
+    (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"\frac{1}{2", r"\frac{1}{2"),
+    ("3", "\u0663"),
+    ("x=y=3", "3"),
+]
+
+
+@pytest.mark.parametrize("gold, pred", EQUAL)
+def test_math_equal(gold, pred):
+    assert rewards.math_equal(gold, pred) and rewards.math_equal(pred, gold)
+
+
+@pytest.mark.parametrize("gold, pred", UNEQUAL)
+def test_math_not_equal(gold, pred):
+    assert not rewards.math_equal(gold, pred) and not rewards.math_equal(pred, gold)
+
+
+def test_powers_are_refused_before_they_are_computed():
+    with pytest.raises(ValueError):
+        rewards.small_power(Fraction(9), Fraction(9**9))
+    started = time.perf_counter()
+    assert not rewards.math_equal("9^{9^{9^{9}}}", "1")
+    assert not rewards.math_equal("x^{9^{9^{9}}}", "x")
+    assert time.perf_counter() - started < 2
+
+
+# --------------------------------------------------------------------------------------- the symbolic child
+
+
+def test_a_late_child_is_killed_counted_and_replaced(monkeypatch):
+    assert rewards.math_equal(r"\sqrt{12}", r"2\sqrt{3}")
+    before = rewards.symbolic_timeouts
+    monkeypatch.setattr(rewards, "SYMBOLIC_SECONDS", 1e-4)
+    assert not rewards.math_equal(r"\sqrt{3+2\sqrt{2}}+x", r"1+\sqrt{2}+x")
+    assert rewards.symbolic_timeouts == before + 1
+    monkeypatch.undo()
+    assert rewards.math_equal(r"\sqrt{12}", r"2\sqrt{3}")
+
+
+def test_a_dead_child_is_replaced():
+    assert rewards.math_equal(r"\sqrt{8}", r"2\sqrt{2}")
+    child = rewards.running_child()
+    child.kill()
+    child.wait()
+    assert rewards.math_equal(r"\sqrt{8}", r"2\sqrt{2}")
+
+
+def test_threads_share_the_child():
+    verdicts = []
+    ask = [(r"\sqrt{12}", r"2\sqrt{3}", True), (r"\sqrt{12}", r"3\sqrt{2}", False)] * 4
+    threads = [
+        threading.Thread(target=lambda g, p, e: verdicts.append(rewards.math_equal(g, p) == e), args=a)
+        for a in ask
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == [True] * 8
+
+
+def test_the_users_script_runs_once(tmp_path):
+    script = tmp_path / "no_main_guard.py"
+    script.write_text(
+        "import rewards\nprint('ran', rewards.math_equal('x^2-1', '(x-1)(x+1)'))\n", encoding="utf-8"
+    )
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.stdout, run.stderr, run.returncode) == ("ran True\n", "", 0)
+
+
+# ------------------------------------------------------------------------------------------ hostile answers
+
+TOWER = "9**9**9**9"
+HOSTILE = [
+    "", " ", "\n", "\0", "\x1b[31m", "\ud800", "\ufeff22", "NaN", "inf", "-", "+", "()", ")(", "((", "[",
+    "]", "{", "}", "\\", "\\\\", "$", "$$", "%", "%%", "!", "!!!!", "^", "_", "|", ",", ",,,,", ";", "=",
+    "==", ".", "..", "/", "1/0", "0/0", "1/(1-1)", "9" * 400, "9" * 5000, "9" * 10**6, "1" + "0" * 4400,
+    TOWER, "9^9^9^9^9", "99**98**97", "9^{9^{9^{9^9}}}", "2^{-9^9}", "x^{9^{9^9}}",
+    "(x+y+z+w)^{20}(a+b+c+d)^{20}", "((x+1)^{20})^{20}", "500!", "((5!)!)!", "10^{10}!",
+    r"\binom{10^9}{10^8}", r"\binom{500}{250}", "1e999", "1e-999", "1e999999999", "(" * 400,
+    "(" * 240 + "1" + ")" * 240, "(" * 10**6, "-" * 400 + "1", "-" * 10**5, "1+" * 200 + "1", "1+" * 10**5,
+    "{" * 10**5, r"\frac{" * 80, r"\frac{1}{" * 40 + "1" + "}" * 40, r"\sqrt{" * 60 + "2" + "}" * 60,
+    r"\sqrt[0]{2}", r"\sqrt[99999999]{2}", r"\sqrt{10^{400}+1}", r"\sin(\cos(\tan(x^{19}+y)))^{19}",
+    r"\sin(10^{400})", r"\tan(\frac{\pi}{2})", r"\log 0", r"\ln(-1)", r"\text{" * 100, r"\left(" * 50,
+    r"\begin{pmatrix}" * 30, r"\begin{pmatrix}1\end{bmatrix}", "&".join("1" * 200), ",".join("x" * 100),
+    ",".join(["x+1"] * 40) + ",x", r"\sqrt{2}," * 40 + "x", r"\cup" * 100, r"\pm" * 100,
+    "(1," * 100 + "1" + ")" * 100, "__import__('os').system('true')", "exec('1')", "lambda: 0",
+    "().__class__", "os.abort()", "print", "Symbol('x')", "3,5,7", "3 5 7", "3.0*5+7", "3*5+7=22", "35+7",
+    "12*34", "408.0", "4_0_8", "\u0664\u0660\u0668", "22\u00b2", "0x16", "</answer>", "<answer>",
+    "</think>", "<answer><answer>", "<think>" * 1000, "<answer>" * 10**4, "</answer>" * 10**4,
+    "</think>" * 10**4, "<answer></answer>" * 10**4, "####" * 10**4, r"\boxed{" * 10**4,
+    r"\boxed{}" * 10**4, r"\boxed", "#### ", "#### 1/0", "#### " + "1," * 400, "$" * 10**5, "a" * 10**6,
+    " " * 10**6, "\u4e00" * 10**6, "1 " * 10**5,
+]  # fmt: skip
+SCORERS = {
+    "countdown": lambda text: rewards.score_countdown(text, [3, 5, 7], 22),
+    "multiplication": lambda text: rewards.score_multiplication(text, 12, 34),
+    "gsm8k": lambda text: rewards.score_gsm8k(text, "18"),
+    "math": lambda text: rewards.score_math(text, "x^2-1"),
+}
+
+
+def seconds_of(score, text: str, bound: float) -> float:
+    """The best of up to three tries: the machine may be busy."""
+    best = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        result = score(text)
+        best = min(best, time.perf_counter() - started)
+        assert result["correct"] is False and result["format"] in (0.0, 1.0)
+        if best < bound:
+            break
+    return best
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_hostile_answers_are_wrong_and_cheap(name, monkeypatch):
+    assert len(HOSTILE) >= 60
+    asked = []
+    symbolic = rewards.symbolic_equal
+    monkeypatch.setattr(rewards, "symbolic_equal", lambda *args: asked.append(1) or symbolic(*args))
+    rewards.math_equal("x", "y")  # the import of sympy belongs to no answer
+    for answer in HOSTILE:
+        bound = 0.01 if len(answer) <= 2 * 10**5 else 0.1  # a million characters: linear time
+        for form in (" </think>\n<answer>{}</answer>", "</think> \\boxed{{{}}}", "#### {}", "{}"):
+            asked.clear()
+            slow = seconds_of(SCORERS[name], form.format(answer), bound)
+            assert slow < (2.0 if asked else bound), f"{slow:.3f} s for {form.format(answer)[:80]!r}"
+
+
+# -------------------------------------------------------------------------- shaped rewards and metrics
+
+
+def test_cosine_reward_by_hand():
+    values = {"r0c": 2.0, "rLc": 1.0, "r0w": -10.0, "rLw": 0.0, "r_exceed": -7.0, "max_length": 100}
+    # cos(pi/3) = 1/2 at a third of the way: rL + 3/4 (r0 - rL)
+    assert rewards.cosine_reward(0, True, **values) == 2.0
+    assert rewards.cosine_reward(50, True, **values) == pytest.approx(1.5)
+    assert rewards.cosine_reward(30, False, **(values | {"max_length": 90})) == pytest.approx(-7.5)
+    assert [rewards.cosine_reward(n, True, **values) for n in (100, 101, 1000)] == [-7.0] * 3
+    assert rewards.cosine_reward(84, True, **values, margin=16) == -7.0
+    assert rewards.cosine_reward(83, True, **values, margin=16) > 1.0
+
+
+def test_classic_reward_by_hand():
+    assert rewards.classic_reward(5, True, 10) == 1.0
+    assert rewards.classic_reward(10, True, 10) == 1.0  # no third value unless asked
+    assert rewards.classic_reward(10, True, 10, r_exceed=-1.0) == -1.0
+    assert rewards.classic_reward(9, False, 10, wrong_value=-0.5, r_exceed=-1.0) == -0.5
+
+
+def test_repetition_by_hand():
+    # 9 9 9 9 with n = 2: the 2-grams at 1 and 2 were seen at 0
+    assert rewards.repetition_penalty([9, 9, 9, 9], n=2, penalty=-1.0) == [0.0, -1.0, -1.0, -1.0]
+    assert rewards.repetition_penalty([9, 9, 9, 9], n=2, penalty=-1.0, only_start=True) == [
+        0.0,
+        -1.0,
+        -1.0,
+        0.0,
+    ]
+    assert rewards.repetition_penalty([], n=2) == [] and rewards.repetition_penalty([1], n=2) == [0.0]
+    # a run of 42 equal tokens with the paper's n = 40 is penalised at 1..41
+    assert rewards.repetition_penalty([7] * 42) == [0.0] + [-0.05] * 41
+    assert rewards.repetition_share([1, 2, 1, 2, 1], n=2) == 0.5
+    assert rewards.repetition_share([1], n=2) == 0.0
+
+
+def test_soft_overlong_by_hand():
+    assert [rewards.soft_overlong(n, 100, 20) for n in (80, 85, 100, 500)] == [0.0, -0.25, -1.0, -1.0]
+
+
+def test_language_consistency_by_hand():
+    assert rewards.language_consistency("the sum \u4e00\u4e8c") == 0.5
+    assert rewards.language_consistency("the sum \u4e00\u4e8c", "zh") == 0.5
+    assert rewards.language_consistency("\u0434\u0430 yes", "ru") == 0.5
+    assert rewards.language_consistency("```\u4e00```  3+4") == 1.0
+    with pytest.raises(BadInput, match="choose one of en"):
+        rewards.language_consistency("x", "tlh")
+
+
+def test_reflection_lists():
+    assert len(rewards.OAT_ZERO) == 11 and len(rewards.UNDERSTAND_R1_ZERO) == 15
+    assert rewards.reflection_count("Try again. Let me try again, wait.") == 2
+    assert rewards.reflection_count("Try again.", rewards.UNDERSTAND_R1_ZERO) == 0
+
+
+def test_pass_at_k_against_counting():
+    for n in range(1, 9):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                expected = 1 - math.comb(n - c, k) / math.comb(n, k)
+                assert rewards.pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-12)
+    for bad in ((4, 1, 5), (4, 5, 1), (4, -1, 1), (4, 1, 0)):
+        with pytest.raises(ValueError):
+            rewards.pass_at_k(*bad)
+
+
+# -------------------------------------------------------------------------------------------------- tasks
+
+
+def swapped(problem: dict) -> dict:
+    return {"a": problem["b"], "b": problem["a"]}
+
+
+# a generated task and a function that writes the same problem in another order
+GENERATED = [
+    (rewards.Multiplication(), swapped),
+    (rewards.Multiplication(1, 1), swapped),
+    (rewards.make_task("multiplication", natural=True), swapped),
+]
+
+
+@pytest.mark.parametrize("task, permute", GENERATED, ids=str)
+def test_streams(task, permute):
+    streams = {s: [task.problem(s, 0, i) for i in range(300)] for s in ("train", "test")}
+    assert streams["train"] == [task.problem("train", 0, i) for i in range(300)]
+    assert streams["train"] != [task.problem("train", 1, i) for i in range(300)]
+    keys = {split: {task.key(p) for p in problems} for split, problems in streams.items()}
+    assert not keys["train"] & keys["test"]
+    for problem in streams["train"] + streams["test"]:
+        assert json.loads(json.dumps(problem)) == problem
+        assert task.key(permute(problem)) == task.key(problem)
+        assert task.compact(problem).endswith("<think>") and "<answer>" in task.question(problem)
+
+
+def test_split_share():
+    share = sum(rewards.split_of(str(i)) == "test" for i in range(10_000)) / 10_000
+    assert 0.09 < share < 0.115
+
+
+def test_multiplication_task():
+    task = rewards.Multiplication(3, 3)
+    problem = {"a": 123, "b": 456}
+    assert task.compact(problem) == "123*456=<think>" and task.key(problem) == "123*456"
+    assert task.score(" </think><answer>56,088</answer>", problem)["total"] == 1.1
+    assert all(len(str(task.problem("train", 0, i)["a"])) == 3 for i in range(50))
+    with pytest.raises(BadInput, match="min_digits"):
+        rewards.Multiplication(3, 2)
+
+
+def test_heldout():
+    task = rewards.Multiplication()
+    problems = rewards.heldout(task, 100)
+    assert len({task.key(p) for p in problems}) == 100
+    assert problems[:10] == rewards.heldout(task, 10) != rewards.heldout(task, 10, seed=1)
+    with pytest.raises(BadInput, match="fewer than 40"):
+        rewards.heldout(rewards.Multiplication(1, 1), 40)
+
+
+def test_prompts():
+    task, problem = rewards.Multiplication(), {"a": 12, "b": 34}
+    assert rewards.prompt(task, problem, "compact") == "12*34=<think>"
+    text = rewards.prompt(task, problem, "text")
+    assert "User: What is 12 * 34?" in text and text.endswith("\nAssistant: " + rewards.ASSISTANT_PREFIX)
+    assert rewards.ASSISTANT_PREFIX == "Let me solve this step by step.\n<think>"
+    assert rewards.prompt(task, problem, "chat") == [{"role": "user", "content": task.question(problem)}]
+    with pytest.raises(ValueError, match="compact, text or chat"):
+        rewards.prompt(task, problem, "haiku")
+
+
+def test_make_task():
+    assert rewards.make_task("multiplication:max_digits=4") == rewards.Multiplication(1, 4)
+    assert rewards.make_task("multiplication:max_digits=4", natural=True) == rewards.Multiplication(2, 4)
+    for spec, words in [
+        ("chess", "countdown, multiplication, gsm8k, math"),
+        ("multiplication:size=3", "min_digits, max_digits"),
+        ("multiplication:max_digits=two", "'two' is not of type int"),
+        ("multiplication:max_digits=99", "<= 18"),
+        ("multiplication:max_digits", "'' is not of type int"),
+        ("gsm8k", "--data"),
+    ]:
+        with pytest.raises(BadInput, match=words) as error:
+            rewards.make_task(spec)
+        assert "\n" not in str(error.value)
+    with pytest.raises(BadInput, match="drop 'x.jsonl'"):
+        rewards.make_task("multiplication", data="x.jsonl")
+
+
+def write(path: Path, rows: list) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_gsm8k_file(tmp_path):
+    rows = [
+        {"question": f"How many is {i}?", "answer": f"It is <<{i}={i}>>.\n#### {i:,}"}
+        for i in range(2000, 2200)
+    ]
+    task = rewards.make_task("gsm8k", data=write(tmp_path / "gsm8k.jsonl", rows))
+    train, test = task.streams["train"], task.streams["test"]
+    assert len(train) + len(test) == 200 and 5 < len(test) < 40
+    epoch = [task.problem("train", 0, i)["question"] for i in range(len(train))]
+    following = [task.problem("train", 0, len(train) + i)["question"] for i in range(len(train))]
+    assert sorted(epoch) == sorted(row["question"] for row in train) == sorted(following)
+    assert epoch != following and epoch != [row["question"] for row in train]
+    assert task.problem("test", 0, len(test) + 1) == test[1]
+    problem = task.problem("train", 0, 0)
+    assert task.score(f"</think> <answer>{problem['answer']}</answer>", problem)["total"] == 1.1
+    assert problem["question"] in task.question(problem)
+    with pytest.raises(BadInput, match="pre-trained"):
+        rewards.prompt(task, problem, "compact")
+
+
+def test_math_file_with_its_own_split_and_levels(tmp_path):
+    rows = [{"problem": f"p{i}", "answer": f"\\frac{{{i}}}{{2}}", "level": 1 + i % 5} for i in range(20)]
+    rows = [row | {"split": "test" if i < 10 else "train"} for i, row in enumerate(rows)]
+    rows += [{"problem": "p3", "answer": "1", "level": "Level 4", "split": "train"}]  # a test problem again
+    path = write(tmp_path / "math.jsonl", rows)
+    task = rewards.make_task("math", data=path)
+    assert [row["problem"] for row in task.streams["test"]] == [f"p{i}" for i in range(10)]
+    assert [row["problem"] for row in task.streams["train"]] == [f"p{i}" for i in range(10, 20)]
+    hard = rewards.make_task("math:min_level=4", data=path)
+    assert {row["level"] for row in hard.streams["train"]} == {4, 5}
+    assert task.score("</think> \\boxed{1.5}", task.problem("test", 0, 3))["correct"]
+    assert len(rewards.heldout(task, 10)) == 10
+    with pytest.raises(BadInput, match="only 10"):
+        rewards.heldout(task, 11)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "is empty"),
+        (b"\n\n", "is empty"),
+        (b"{}\n", 'line 1: field "question"'),
+        (b'{"question": "q", "answer": "#### 1"}\n\n[1]\n', "line 3: not a JSON object"),
+        (b'{"question": "q", "answer": "#### 1"}\n{"question"', "line 2: not a JSON object"),
+        (b'{"question": "q", "answer": ""}', 'field "answer" is missing or empty'),
+        (b'{"question": "q", "answer": null}', 'field "answer" is missing or empty'),
+        (b'{"question": "q", "answer": "#### many"}', 'line 1: field "answer" has no number'),
+        (b'{"question": "q", "answer": "#### 1", "split": "valid"}', 'field "split" is'),
+        (b"\xff\xfe", "cannot read"),
+        (b"[" * 100_000, "line 1: not a JSON object"),
+    ],
+)
+def test_bad_files(tmp_path, content, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=words) as error:
+        rewards.make_task("gsm8k", data=str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_file():
+    with pytest.raises(BadInput, match="cannot read the data file nowhere.jsonl"):
+        rewards.make_task("math", data="nowhere.jsonl")

@@ -1,0 +1,217 @@
+"""Every case of the vector files, whose numbers come from running the reference implementations.
+
+The folder is tests/vectors, or the one that the environment variable VECTORS names: any file of the same name
+and schema is read; missing files and sections are skipped. Levels: `must` and `recommended` have to agree, a
+deviation from `recommended` needs its reason in DEVIATIONS; `optional` and `either` only must not crash.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import rewards  # noqa: E402
+
+FOLDER = Path(os.environ.get("VECTORS") or Path(__file__).parent / "vectors")
+DEVIATIONS = {}  # id of a `recommended` case: why ours differs
+
+# Which test reads a section. A section that stands neither here nor in NOT_IMPLEMENTED is a failure.
+READ = {
+    "grpo": {
+        "countdown": "test_countdown",
+        "math": "test_math",
+        "gsm8k": "test_gsm8k",
+        "multiply": "test_multiply",
+        "pass_at_k": "test_pass_at_k",
+        "pass_at_k_dataset": "test_pass_at_k_dataset",
+        "solvable": "test_solvable",
+        "reflection_keywords": "test_reflection_keywords",
+        "language_consistency": "test_language_consistency",
+        "soft_overlong": "test_soft_overlong",
+        "grpo_advantages": "tests/test_grpo.py",
+        "grpo_loss": "tests/test_grpo.py",
+    },
+    "ppo_nsr": {
+        "cosine_reward": "test_cosine_reward",
+        "classic_reward": "test_classic_reward",
+        "repetition_penalty": "test_repetition_dense, test_repetition_sparse",
+        "pass_at_k": "test_ppo_pass_at_k, test_ppo_pass_at_k_dataset",
+    },
+}
+NOT_IMPLEMENTED = {
+    "ppo_nsr": {
+        "gae": "for ppo.py",
+        "ppo_losses": "for ppo.py",
+        "kl": "for ppo.py",
+        "nsr_psr_wreinforce": "for nsr.py",
+        "prime": "not planned now",
+    }
+}
+NOT_SECTIONS = ("source", "readme")  # of a file without a "sections" object
+COUNTS = Counter()  # (file, "compared" or "only run")
+
+
+def sections(file: str) -> dict:
+    path = FOLDER / f"{file}.json"
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content.get("sections", {k: v for k, v in content.items() if k not in NOT_SECTIONS})
+
+
+def cases(file: str, section: str, *keys: str):
+    """A parametrize mark with the cases of a section (of one of its lists), none if it is missing."""
+    found = sections(file).get(section, {})
+    for key in keys:
+        found = found.get(key, {})
+    found = [found] if found and isinstance(found, dict) else list(found)
+    names = [str(case.get("id", i)) for i, case in enumerate(found)]
+    return pytest.mark.parametrize("case", found, ids=names)
+
+
+def check(file: str, case: dict, got, expected) -> None:
+    """Compare by the level of the case; an expectation of None allows everything."""
+    free = expected is None or case.get("level") in ("either", "optional") or case.get("id") in DEVIATIONS
+    COUNTS[file, "only run" if free else "compared"] += 1
+    assert free or got == expected, f"{case.get('why') or case.get('note') or ''}: {case}"
+
+
+def near(file: str, case: dict, got, expected, tolerance: float = 1e-12) -> None:
+    COUNTS[file, "compared"] += 1
+    assert got == pytest.approx(expected, rel=tolerance, abs=tolerance), case
+
+
+@cases("grpo", "countdown")
+def test_countdown(case):
+    end = case["end_token"] or ""
+    result = rewards.score_countdown(case["response"], case["numbers"], case["target"], eos=end)
+    check("grpo", case, result["correct"], case["expected"]["correct"])
+    check("grpo", case, bool(result["format"]), case["expected"]["strict_format"])
+
+
+@cases("grpo", "math")
+def test_math(case):
+    check("grpo", case, rewards.math_equal(case["gold"], case["pred"]), case["equal"])
+
+
+@cases("grpo", "gsm8k")
+def test_gsm8k(case):
+    check("grpo", case, rewards.score_gsm8k(case["response"], case["gold"])["correct"], case["expected"])
+
+
+@cases("grpo", "multiply")
+def test_multiply(case):
+    result = rewards.score_multiplication(case["response"], case["a"], case["b"])
+    check("grpo", case, result["correct"], case["expected"])
+
+
+@cases("grpo", "pass_at_k")
+def test_pass_at_k(case):
+    if case["pass_at_k"] is None:
+        with pytest.raises(ValueError):
+            rewards.pass_at_k(case["n"], case["c"], case["k"])
+        COUNTS["grpo", "compared"] += 1
+    else:
+        near("grpo", case, rewards.pass_at_k(case["n"], case["c"], case["k"]), case["pass_at_k"])
+
+
+def check_dataset(file: str, case: dict, expected: dict[str, float]) -> None:
+    counts = case["correct_counts"]
+    for k, value in expected.items():
+        mean = sum(rewards.pass_at_k(case["n"], c, int(k)) for c in counts) / len(counts)
+        near(file, case, mean, value)
+
+
+@cases("grpo", "pass_at_k_dataset")
+def test_pass_at_k_dataset(case):
+    check_dataset("grpo", case, case["mean_pass_at_k"])
+
+
+@cases("grpo", "solvable")
+def test_solvable(case):
+    solution = rewards.solve_countdown(case["numbers"], case["target"])
+    check("grpo", case, solution is not None, case["solvable"])
+    if solution is not None:
+        value, numerals = rewards.parse_expression(solution)
+        assert value == Fraction(case["target"]) and Counter(numerals) == Counter(case["numbers"])
+
+
+@cases("grpo", "reflection_keywords")
+def test_reflection_keywords(case):
+    count = rewards.reflection_count(case["text"])
+    check("grpo", case, count, case["oat_zero_count"])
+    check("grpo", case, count > 0, case["oat_zero_has"])
+    other = rewards.reflection_count(case["text"], rewards.UNDERSTAND_R1_ZERO)
+    check("grpo", case, other > 0, case["understand_r1_zero_has"])
+
+
+@cases("grpo", "language_consistency")
+def test_language_consistency(case):
+    share = rewards.language_consistency(case["text"], case["target"])
+    check("grpo", case, case["min"] <= share <= case["max"], True)
+
+
+@cases("grpo", "soft_overlong")
+def test_soft_overlong(case):
+    near("grpo", case, rewards.soft_overlong(case["length"], case["max_len"], case["cache"]), case["reward"])
+
+
+@cases("ppo_nsr", "cosine_reward", "cases")
+def test_cosine_reward(case):
+    values = {name: case[name] for name in ("length", "correct", "r0c", "rLc", "r0w", "rLw")}
+    values |= {"r_exceed": case["re"] or 0.0, "max_length": case["Lmax"]}  # the reference reads None as 0
+    near("ppo_nsr", case, rewards.cosine_reward(**values, margin=16), case["expected"])
+    near("ppo_nsr", case, rewards.cosine_reward(**values), case["expected_margin0"])
+
+
+@cases("ppo_nsr", "classic_reward", "cases")
+def test_classic_reward(case):
+    values = (case["Lmax"], case["correct_value"], case["wrong_value"], case["exceed"])
+    got = rewards.classic_reward(case["length"], case["score"] > 0.5, *values, margin=16)
+    near("ppo_nsr", case, got, case["expected"])
+
+
+@cases("ppo_nsr", "repetition_penalty", "dense")
+def test_repetition_dense(case):
+    ids = case["tokens"][: case["gen_length"]]
+    got = rewards.repetition_penalty(ids, case["N"], case["P"], case["only_start"])
+    near("ppo_nsr", case, got + [0.0] * (case["num_actions"] - len(got)), case["expected"])
+
+
+@cases("ppo_nsr", "repetition_penalty", "sparse")
+def test_repetition_sparse(case):
+    share = rewards.repetition_share(case["text"].lower().split(), case["N"])
+    near("ppo_nsr", case, case["max_penalty"] * share, case["safe_value"])
+
+
+@cases("ppo_nsr", "pass_at_k", "cases")
+def test_ppo_pass_at_k(case):
+    near("ppo_nsr", case, rewards.pass_at_k(case["n"], case["c"], case["k"]), case["expected"])
+
+
+@cases("ppo_nsr", "pass_at_k", "datasets")
+def test_ppo_pass_at_k_dataset(case):
+    check_dataset("ppo_nsr", case, case["pass_at_k"])
+
+
+@pytest.mark.parametrize("file", READ)
+def test_every_section_is_known(file):
+    unread = set(sections(file)) - set(READ[file]) - set(NOT_IMPLEMENTED.get(file, {}))
+    assert not unread, f"{file}.json has sections that no test reads: {sorted(unread)}"
+    named = {name for tests in READ[file].values() for name in tests.split(", ") if name.startswith("test_")}
+    assert named <= set(globals()), f"tests that do not exist: {sorted(named - set(globals()))}"
+
+
+def test_print_counts(capsys):  # the last one: pytest keeps the order of the file
+    with capsys.disabled():
+        for file in READ:
+            skipped = [name for name in sections(file) if name in NOT_IMPLEMENTED.get(file, {})]
+            run, free = COUNTS[file, "compared"], COUNTS[file, "only run"]
+            print(
+                f"\n{file}.json: {run} values compared, {free} only run; not implemented: {skipped or 'none'}"
+            )
