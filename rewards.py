@@ -1,27 +1,18 @@
-"""Tasks, verifiers and shaped rewards: everything that is text or arithmetic, and nothing else.
+"""Tasks, verifiers and shaped rewards: text and arithmetic, the one module that the scripts share.
 
-The one module that the scripts share. It knows no tensor and no tokenizer: a task poses problems and writes
-prompts, a scorer reads the text that was sampled and says what it is worth, the rest are formulas of papers.
-
-    score_countdown score_multiplication score_gsm8k score_math     text -> {format, answer, correct, total}
-    math_equal parse_expression solve_countdown                     the checks behind them
-    cosine_reward classic_reward repetition_penalty soft_overlong   shaped rewards
-    language_consistency reflection_count repetition_share pass_at_k    rewards and metrics of whole answers
-    Countdown Multiplication GSM8K Math make_task heldout prompt    tasks and their prompts
-
-The reward of a completion is rule based (arXiv:2501.12948 sec. 2.2), with a small weight on layout:
+A task poses problems and writes prompts, a scorer says what a sampled text is worth, the rest are formulas of
+papers. The reward of a completion is rule based (arXiv:2501.12948 sec. 2.2), with a small weight on layout:
 
     total = correct + 0.1 * format                                  (eq. 1)
 
 *format* is strict: one <think> block, white space, one non-empty <answer> block, the end. *correct* is
-lenient about layout and exact about value: the last complete <answer> block after the last </think> counts,
-values are compared as fractions, nothing is rounded. Prompts end in <think>, so a completion starts inside
-the thinking block; the scorers put the tag back themselves.
+lenient about layout and exact about value: the last complete <answer> block after the last </think> counts.
+Prompts end in <think>, so a completion starts inside the thinking block.
 
-Model text is hostile input: it is optimised against these functions. It is never evaluated by Python or by
-sympy's parsers. A tokenizer per grammar and one shunting-yard make postfix lists of it, limits on length and
+Model text is hostile input: it is optimised against these functions. Neither Python nor sympy's parsers
+evaluate it: a tokenizer per grammar and one shunting-yard make postfix lists of it, limits on length and
 size come first, and only the symbolic stage of `math_equal` (x^2-1 against (x-1)(x+1)) leaves this process:
-it asks a child that is killed when it is late, so that no answer takes two seconds.
+it asks a child that ends when it is late, so that no answer takes two seconds.
 
 Sources: TinyZero, GRPO-Zero, nano-aha-moment for tasks; arXiv:2502.03373 for cosine and repetition rewards;
 DAPO arXiv:2503.14476 eq. 13; oat-zero and understand-r1-zero for keyword lists; arXiv:2107.03374 for pass@k.
@@ -37,16 +28,16 @@ import operator
 import os
 import random
 import re
-import subprocess
 import sys
 import threading
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 
 
 class BadInput(ValueError):
@@ -59,7 +50,7 @@ class BadInput(ValueError):
 def score_countdown(text: str, numbers: Sequence[int], target: int, **kw) -> dict:
     """Score of an arithmetic expression that must use every number exactly once and equal the target.
 
-    Keywords of all scorers: format_weight (eq. 1), eos (the end-of-sequence text, removed once from the end).
+    All scorers take format_weight (eq. 1) and eos (the end-of-sequence text, removed once from the end).
 
     >>> score_countdown("3*5=15, 15+7=22 </think> <answer>3 * 5 + 7</answer>", [3, 5, 7], 22)
     {'format': 1.0, 'answer': '3 * 5 + 7', 'correct': True, 'total': 1.1}
@@ -77,8 +68,7 @@ def score_multiplication(text: str, a: int, b: int, **kw) -> dict:
     """Score of an integer answer to a * b; thousands commas are accepted, an unevaluated product is wrong."""
     answer = extract_answer(text)
     integer = re.fullmatch(r"-?(?:[0-9]{1,40}|[0-9]{1,3}(?:,[0-9]{3}){1,12})", answer or "")
-    correct = integer is not None and int(answer.replace(",", "")) == a * b
-    return score(text, answer, correct, **kw)
+    return score(text, answer, bool(integer) and int(answer.replace(",", "")) == a * b, **kw)
 
 
 def score_gsm8k(text: str, gold: str, **kw) -> dict:
@@ -90,8 +80,7 @@ def score_gsm8k(text: str, gold: str, **kw) -> dict:
     line = re.split(r"[\n<]", tail.lstrip()[: MAX_ANSWER + 1], maxsplit=1)[0].strip()
     candidates = (line if marker else None, extract_boxed(text), extract_answer(text))
     answer = next((candidate for candidate in candidates if candidate is not None), None)
-    correct = answer is not None and plain_number(answer) == expected
-    return score(text, answer, correct, **kw)
+    return score(text, answer, answer is not None and plain_number(answer) == expected, **kw)
 
 
 def score_math(text: str, gold: str, **kw) -> dict:
@@ -100,8 +89,7 @@ def score_math(text: str, gold: str, **kw) -> dict:
         raise BadInput(f"math: the gold answer {gold!r} is empty, unbalanced or too long; leave this row out")
     boxed = extract_boxed(text)
     answer = extract_answer(text) if boxed is None else boxed
-    correct = answer is not None and math_equal(str(gold), answer)
-    return score(text, answer, correct, **kw)
+    return score(text, answer, answer is not None and math_equal(str(gold), answer), **kw)
 
 
 def score(text: str, answer: str | None, correct: bool, format_weight: float = 0.1, eos: str = "") -> dict:
@@ -116,7 +104,6 @@ def strict_format(text: str, eos: str = "") -> bool:
     head, _, content = text.removesuffix("</answer>").rpartition("<answer>")
     if not (text.endswith("</answer>") and content.strip() and head.rstrip().endswith("</think>")):
         return False
-    # the one <think> is the prompt's
     return [text.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")] == [0, 1, 1, 1]
 
 
@@ -126,11 +113,7 @@ def final_part(text: str) -> str:
 
 
 def extract_answer(text: str) -> str | None:
-    """Content of the last complete <answer> block of the final part, stripped; None without one.
-
-    >>> extract_answer("<answer>1</answer> no </think> <answer>2</answer> or <answer>3")
-    '2'
-    """
+    """Content of the last complete <answer> block of the final part, stripped; None without one."""
     part = final_part(text)
     start = part.rfind("<answer>", 0, max(part.rfind("</answer>"), 0))
     if start < 0:
@@ -139,15 +122,11 @@ def extract_answer(text: str) -> str | None:
 
 
 def extract_boxed(text: str) -> str | None:
-    """Content of the last \\boxed{...}, \\fbox{...} or `\\boxed 5` of the final part; None if unbalanced."""
-    part = final_part(text)
-    start = max(part.rfind("\\boxed"), part.rfind("\\fbox"))
-    part = part[start : start + MAX_ANSWER].partition("box")[2].removeprefix("ed") if start >= 0 else ""
-    if bare := re.match(r"\s+([^\s${]+)", part):
-        return bare[1].rstrip(".")
-    depths = itertools.accumulate((c == "{") - (c == "}") for c in part.lstrip())
-    end = next((i for i, depth in enumerate(depths) if depth == 0), 0)
-    return part.lstrip()[1:end].strip() if end else None
+    """Content of the last \\boxed{...} of the final part; None without one or if it is not closed."""
+    _, found, content = final_part(text).rpartition("\\boxed{")
+    depths = itertools.accumulate((c == "{") - (c == "}") for c in content[: MAX_ANSWER + 1])
+    end = next((i for i, depth in enumerate(depths) if depth < 0), None)
+    return content[:end].strip() if found and end is not None else None
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -174,8 +153,8 @@ def cosine_reward(
 ) -> float:  # fmt: skip
     """Reward that slides from r0 (at length 0) to rL (at max_length) along half a cosine; r_exceed there.
 
-    Source: arXiv:2502.03373 sec. 4.2. App. C.1 prints the arguments in the other order, which would reverse
-    the curve; text, figure 3 and code have this one. Paper: margin 0; its code: 16. c: correct, w: wrong.
+    c: correct, w: wrong. Source: arXiv:2502.03373 sec. 4.2 (App. C.1 prints the arguments in the other order,
+    which would reverse the curve). Paper: margin 0; its code: 16.
 
     >>> [cosine_reward(n, False, 2, 1, -10, 0, -10, max_length=100) for n in (0, 50, 100)]
     [-10.0, -5.0, -10]
@@ -196,37 +175,22 @@ def classic_reward(
     return correct_value if correct else wrong_value
 
 
-def repetition_penalty(
-    ids: Sequence[int], n: int = 40, penalty: float = -0.05, only_start: bool = False
-) -> list[float]:
+def repetition_penalty(ids: Sequence[int], n: int = 40, penalty: float = -0.05) -> list[float]:
     """Per token: `penalty` where it lies in an n-gram that occurred earlier in the same completion, else 0.
 
     Assigned, not added: overlapping repeats never push a token below `penalty`; a first occurrence is free.
-    only_start penalises only n-grams that begin after the last repeat, end marker as in the paper's code.
     Source: arXiv:2502.03373 algorithm 1 (App. C.2).
 
     >>> repetition_penalty([1, 2, 1, 2, 3], n=2, penalty=-0.5)
     [0.0, 0.0, -0.5, -0.5, 0.0]
     """
-    rewards, seen, end = [0.0] * len(ids), set(), -1
+    rewards, seen = [0.0] * len(ids), set()
     for start in range(len(ids) - n + 1):
         gram = tuple(ids[start : start + n])
         if gram in seen:
-            if not only_start or start > end:
-                rewards[start : start + n] = [penalty] * n
-            end = start + n
+            rewards[start : start + n] = [penalty] * n
         seen.add(gram)
     return rewards
-
-
-def repetition_share(items: Sequence, n: int = 3) -> float:
-    """Share of n-grams (of words or of ids) that are repeats, 0 when there are fewer than n items.
-
-    >>> repetition_share("a b a b".split(), n=2)
-    0.33333333333333337
-    """
-    grams = [tuple(items[i : i + n]) for i in range(len(items) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def soft_overlong(length: int, max_length: int, cache: int) -> float:
@@ -234,7 +198,6 @@ def soft_overlong(length: int, max_length: int, cache: int) -> float:
     return -min(max(length - (max_length - cache), 0) / cache, 1.0)
 
 
-# names of scripts as in the Unicode character database
 SCRIPTS = {"en": "LATIN", "zh": "CJK", "ja": "CJK HIRAGANA KATAKANA", "ko": "HANGUL", "ru": "CYRILLIC"}
 WORDS = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\W\\d_\u3040-\u30ff\u3400-\u9fff]+")
 
@@ -242,7 +205,7 @@ WORDS = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\W\\d_\u3040-\u30ff\u3400-\u
 def language_consistency(text: str, language: str = "en") -> float:
     """Share of the words that are written in the language's script; 1.0 for a text without words.
 
-    A word is a run of letters, or one CJK character; digits, symbols, LaTeX commands and code do not count.
+    A word is a run of letters or one CJK character; LaTeX commands and code do not count.
     Source: arXiv:2501.12948 v1 sec. 2.3.2, which does not say how words are split.
 
     >>> language_consistency("so \u4e00\u52a0 three, \\\\frac{1}{2}")
@@ -276,60 +239,27 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased probability that k draws out of n samples, c of them correct, hold a correct one.
 
     1 - C(n-c, k) / C(n, k) in product form, which never overflows. Source: arXiv:2107.03374 eq. 1.
-
-    >>> pass_at_k(n=8, c=2, k=1)
-    0.25
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n; got n={n}, c={c}, k={k}")
     return 1.0 - math.prod(max(0.0, 1 - k / j) for j in range(n - c + 1, n + 1))
 
 
-def solve_countdown(numbers: Sequence[int], target: int) -> str | None:
-    """An expression over all the numbers that equals the target, None if there is none (exhaustive, exact).
-
-    >>> solve_countdown([3, 3, 8, 8], 24), solve_countdown([1, 1, 1, 1], 24)
-    ('8/(3-(8/3))', None)
-    """
-    visited = set()
-
-    def search(items: list[tuple[Fraction, str]]) -> str | None:
-        if len(items) == 1:
-            return items[0][1] if items[0][0] == target else None
-        state = tuple(sorted(value for value, _ in items))  # other texts of the same values end the same way
-        if state in visited:
-            return None
-        visited.add(state)
-        for i, j in itertools.permutations(range(len(items)), 2):
-            (a, x), (b, y) = items[i], items[j]
-            others = [item for k, item in enumerate(items) if k not in (i, j)]
-            for sign in "+-*/" if b else "+-*":
-                if found := search([*others, (ARITHMETIC[sign](a, b), f"({x}{sign}{y})")]):
-                    return found
-        return None
-
-    found = search([(Fraction(number), str(number)) for number in numbers])
-    return found[1:-1] if found and found.startswith("(") else found
-
-
 # ------------------------------------------------------------------------------------------------- tasks
-# A task is a dataclass: its fields are the knobs of `--task name:knob=value`, its methods are
+# A task is a dataclass; its fields are the knobs of `--task name:knob=value`, NATURAL their defaults for real
+# models, its methods:
 #   problem(split, seed, index)   the index-th problem of an endless stream, a pure function of its arguments
 #   key(problem)                  what makes two problems the same; its hash decides between train and test
 #   question(problem)             the user's message
-#   compact(problem)              the same in a few characters for a tiny tokenizer, ending in <think>
+#   compact(problem)              the same in a few characters for a tiny tokenizer (generated tasks only)
 #   score(text, problem, **kw)    one of the scorers above
-# and NATURAL holds the knobs' other defaults for a real pre-trained model.
-
 
 INSTRUCTION = "Think inside <think> </think> tags, then give the final answer inside <answer> </answer> tags"
 
 
 def apply_operator(op: str, a: Fraction, b: Fraction) -> Fraction | None:
     """a op b, exactly; None for a division by zero."""
-    if op == "/":
-        return a / b if b else None
-    return a + b if op == "+" else a - b if op == "-" else a * b
+    return None if op == "/" and b == 0 else ARITHMETIC[op](a, b)
 
 
 def random_tree(pool: list[Fraction], operators: str, rng: random.Random) -> Fraction | None:
@@ -338,6 +268,42 @@ def random_tree(pool: list[Fraction], operators: str, rng: random.Random) -> Fra
         a, b = (pool.pop(rng.randrange(len(pool))) for _ in range(2))
         pool.append(apply_operator(rng.choice(operators), a, b))
     return pool[0] if len(pool) == 1 else None
+
+
+Item = tuple[Fraction, str, int]  # value, expression, how tightly it binds: 1 sum, 2 product, 3 number
+
+
+def combinations(pool: list[Item], operators: str) -> Iterator[tuple[list[Item], str]]:
+    """Every pool with two items of this one replaced by their combination, which is last, and that step."""
+    for i, j in itertools.permutations(range(len(pool)), 2):
+        (a, left, left_rank), (b, right, right_rank) = pool[i], pool[j]
+        rest = [item for k, item in enumerate(pool) if k not in (i, j)]
+        for op in operators:
+            value, rank = apply_operator(op, a, b), 1 if op in "+-" else 2
+            if value is not None:  # brackets only where precedence needs them
+                x = f"({left})" if left_rank < rank else left
+                y = f"({right})" if right_rank < rank or (right_rank == rank and op in "-/") else right
+                yield [*rest, (value, x + op + y, rank)], f"{a}{op}{b}={value}"
+
+
+def solve_countdown(numbers: Sequence[int], target: int) -> str | None:
+    """An expression over all the numbers that equals the target, None if there is none (exhaustive, exact).
+
+    >>> solve_countdown([3, 3, 8, 8], 24), solve_countdown([1, 1, 1, 1], 24)
+    ('8/(3-8/3)', None)
+    """
+    visited = set()
+
+    def search(pool: list[Item]) -> str | None:
+        if len(pool) == 1:
+            return pool[0][1] if pool[0][0] == target else None
+        values = tuple(sorted(value for value, _, _ in pool))  # of all texts for these values, one is enough
+        if values in visited:
+            return None
+        visited.add(values)
+        return next(filter(None, (search(rest) for rest, _ in combinations(pool, "+-*/"))), None)
+
+    return search([(Fraction(n), str(n), 3) for n in numbers])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -349,25 +315,15 @@ def countdown_attempts(numbers: tuple[int, ...], operators: str, limit: int) -> 
     """
     found = set()
 
-    def visit(pool: list[tuple[int, str, int]], steps: list[str]) -> None:
+    def visit(pool: list[Item], steps: list[str]) -> None:
         if len(pool) == 1:
-            found.add((pool[0][0], pool[0][1], ",".join(steps)))
-            return
-        for i, j in itertools.permutations(range(len(pool)), 2):
-            (a, left, left_rank), (b, right, right_rank) = pool[i], pool[j]
-            rest = [item for k, item in enumerate(pool) if k not in (i, j)]
-            for op in operators:
-                value = apply_operator(op, Fraction(a), Fraction(b))
-                if value is None or value.denominator != 1 or not 0 <= value <= limit:
-                    continue
-                rank = 1 if op in "+-" else 2  # brackets only where precedence needs them
-                text = f"({left})" if left_rank < rank else left
-                text += op + (
-                    f"({right})" if right_rank < rank or right_rank == rank and op in "-/" else right
-                )
-                visit(rest + [(int(value), text, rank)], steps + [f"{a}{op}{b}={value}"])
+            found.add((int(pool[0][0]), pool[0][1], ",".join(steps)))
+        for after, step in combinations(pool, operators):
+            value = after[-1][0]
+            if value.denominator == 1 and 0 <= value <= limit:
+                visit(after, [*steps, step])
 
-    visit([(n, str(n), 3) for n in numbers], [])
+    visit([(Fraction(n), str(n), 3) for n in numbers], [])
     return sorted(found)
 
 
@@ -390,8 +346,7 @@ class Countdown:
         if not 2 <= self.min_numbers <= self.max_numbers <= 6:
             raise BadInput(f"countdown takes 2 to 6 numbers, not {self.min_numbers} to {self.max_numbers}")
         if not 0 < self.low <= self.high or not 0 < self.min_target <= self.max_target:
-            raise BadInput(f"countdown:low={self.low},high={self.high},min_target={self.min_target},"
-                           f"max_target={self.max_target}: both ranges must be positive and not empty")  # fmt: skip
+            raise BadInput(f"{self}: low to high and min_target to max_target must be positive and not empty")
         if not self.operators or set(self.operators) - set("+-*/"):
             raise BadInput(f"countdown:operators={self.operators}: some of + - * / are allowed")
 
@@ -399,10 +354,8 @@ class Countdown:
         """Expression first, so that every problem has a solution; a division need not come out even."""
         rng = random.Random(f"countdown {split} {seed} {index}")
         for _ in range(10_000):
-            numbers = [
-                rng.randint(self.low, self.high)
-                for _ in range(rng.randint(self.min_numbers, self.max_numbers))
-            ]
+            count = rng.randint(self.min_numbers, self.max_numbers)
+            numbers = [rng.randint(self.low, self.high) for _ in range(count)]
             value = random_tree([Fraction(n) for n in numbers], self.operators, rng)
             if value is None or value.denominator != 1 or not self.min_target <= value <= self.max_target:
                 continue
@@ -419,18 +372,19 @@ class Countdown:
 
     def question(self, problem: dict) -> str:
         return (
-            f"Using the numbers {problem['numbers']}, write an expression that equals {problem['target']}. You may use "
-            f"{' '.join(self.operators)} and parentheses, and must use each number exactly once. Show your work in "
-            "<think> </think> tags and give only the final expression in <answer> </answer> tags, for example "
-            "<answer>(1 + 2) * 3</answer>."
+            f"Using the numbers {problem['numbers']}, write an expression that equals {problem['target']}. "
+            f"You may use {' '.join(self.operators)} and parentheses, and must use each number exactly once. "
+            "Show your work in <think> </think> tags and give only the final expression in <answer> "
+            "</answer> tags, for example <answer>(1 + 2) * 3</answer>."
         )
 
     def score(self, text: str, problem: dict, **kwargs) -> dict:
         return score_countdown(text, problem["numbers"], problem["target"], **kwargs)
 
     def trace(self, problem: dict, rng: random.Random) -> str:
-        """A search in words: tries, one a line, each the whole expression, its steps and its value against the
-        target; then the answer, which repeats the last try. Some give up and answer with a miss.
+        """A search in words: one try a line, then the answer, which repeats the last try.
+
+        A try is the whole expression, its steps, and its value against the target. Some traces give up on a miss.
         """
         target, numbers = problem["target"], tuple(sorted(problem["numbers"]))
         attempts = countdown_attempts(numbers, self.operators, 99)  # numbers up to 99 are single tokens
@@ -445,19 +399,13 @@ class Countdown:
         return "".join(lines) + f"</think><answer>{tries[-1][1]}</answer>"
 
     def describe(self, text: str, problem: dict) -> dict:
-        """What the completion did: tries, different ones among them, and whether it stopped on a try that it had
-        itself marked as a miss.
-        """
+        """What the completion did: tries, different ones, and whether it stopped on a marked miss."""
         thought, closed, _ = text.partition("</think>")
         lines = [line.removeprefix("wait") for line in thought.split("\n") if ":" in line]
-        gave_up = bool(closed and lines) and not lines[-1].endswith(
-            f"={problem['target']}={problem['target']}"
-        )
-        return {
-            "tries": len(lines),
-            "distinct_tries": len({line.partition(":")[0] for line in lines}),
-            "gave_up": gave_up,
-        }
+        distinct = {line.partition(":")[0] for line in lines}
+        hit = f"={problem['target']}={problem['target']}"
+        gave_up = bool(closed and lines) and not lines[-1].endswith(hit)
+        return {"tries": len(lines), "distinct_tries": len(distinct), "gave_up": gave_up}
 
 
 @dataclass
@@ -495,68 +443,45 @@ class Multiplication:
 
 @dataclass
 class GSM8K:
-    """Grade-school word problems: JSONL with the published fields `question` and `answer` (#### 18)."""
+    """Grade-school word problems: JSONL with the published fields `question` and `answer` (... #### 18)."""
 
     data: str = ""
+
     NATURAL = {}
+    FIELD, EXAMPLE, SCORER = "question", "42", staticmethod(score_gsm8k)
 
     def __post_init__(self):
-        rows = read_jsonl(self.data, ("question", "answer"))
-        for row in rows:
-            row["answer"] = row["answer"].rpartition("#### ")[2].strip()
-            if plain_number(row["answer"]) is None:
-                raise BadInput(f'{self.data}, line {row["line"]}: field "answer" has no number after "#### "')
-        self.streams = split_rows(rows, self.key)
+        self.streams = {"train": [], "test": []}
+        for problem in read_problems(self.data, self.FIELD, self.SCORER):
+            self.streams[split_of(self.key(problem))].append(problem)
 
     def problem(self, split: str, seed: int, index: int) -> dict:
-        return row_at(self.streams[split], split, seed, index)
+        """Test in file order, train in a new order each epoch."""
+        rows = self.streams[split]
+        if not rows:
+            raise BadInput(f"{self.data} has no {split} rows; give more")
+        epoch, i = divmod(index, len(rows))
+        return rows[i if split == "test" else epoch_order(len(rows), seed, epoch)[i]]
 
     def key(self, problem: dict) -> str:
         return " ".join(problem["question"].split())
 
     def question(self, problem: dict) -> str:
-        return f"{problem['question']}\n{INSTRUCTION}, for example <answer>42</answer>."
-
-    def compact(self, problem: dict) -> str:
-        raise BadInput("task gsm8k has no compact prompt: give a pre-trained --model")
+        return f"{problem['question']}\n{INSTRUCTION}, for example <answer>{self.EXAMPLE}</answer>."
 
     def score(self, text: str, problem: dict, **kw) -> dict:
-        return score_gsm8k(text, problem["answer"], **kw)
+        return self.SCORER(text, problem["answer"], **kw)
 
 
 @dataclass
-class Math:
-    """Competition problems: JSONL with the published fields `problem`, `answer` and `level` (1 to 5)."""
+class Math(GSM8K):
+    """Competition problems: JSONL with the published fields `problem` and `answer` (LaTeX)."""
 
-    data: str = ""
-    min_level: int = 1
-    max_level: int = 5
-    NATURAL = {}
-
-    def __post_init__(self):
-        rows = read_jsonl(self.data, ("problem", "answer"))
-        levels = [re.search("[1-5]", str(row.get("level"))) for row in rows]  # 5 or "Level 5"; may be missing
-        keep = [level is None or self.min_level <= int(level[0]) <= self.max_level for level in levels]
-        self.streams = split_rows(list(itertools.compress(rows, keep)), self.key)
-
-    def problem(self, split: str, seed: int, index: int) -> dict:
-        return row_at(self.streams[split], split, seed, index)
-
-    def key(self, problem: dict) -> str:
-        return " ".join(problem["problem"].split())
-
-    def question(self, problem: dict) -> str:
-        return f"{problem['problem']}\n{INSTRUCTION}, for example <answer>\\frac{{1}}{{2}}</answer>."
-
-    def compact(self, problem: dict) -> str:
-        raise BadInput("task math has no compact prompt: give a pre-trained --model")
-
-    def score(self, text: str, problem: dict, **kw) -> dict:
-        return score_math(text, problem["answer"], **kw)
+    FIELD, EXAMPLE, SCORER = "problem", "\\frac{1}{2}", staticmethod(score_math)
 
 
 TASKS = {"countdown": Countdown, "multiplication": Multiplication, "gsm8k": GSM8K, "math": Math}
-Task = Countdown | Multiplication | GSM8K | Math
+Task = Countdown | Multiplication | GSM8K
 
 
 def make_task(spec: str, data: str = "", natural: bool = False) -> Task:
@@ -567,16 +492,15 @@ def make_task(spec: str, data: str = "", natural: bool = False) -> Task:
     types = {field.name: field.type for field in fields(TASKS[name])}
     if data and "data" not in types:
         raise BadInput(f"task {name} makes its own problems and reads no data file; drop {data!r}")
-    knobs = dict(TASKS[name].NATURAL) if natural else {}
+    knobs = (TASKS[name].NATURAL if natural else {}) | ({"data": data} if data else {})
     for pair in filter(None, pairs.split(",")):
         knob, _, value = pair.partition("=")
-        if knob not in types:
-            raise BadInput(f"task {name} has no knob {knob!r}; it has {', '.join(types) or 'none'}")
         try:
             knobs[knob] = types[knob](value)
-        except ValueError:
-            raise BadInput(f"task {name}: {knob}={value!r} is not of type {types[knob].__name__}") from None
-    return TASKS[name](**knobs, **({"data": data} if data else {}))
+        except (KeyError, ValueError):
+            known = ", ".join(f"{knob}={kind.__name__}" for knob, kind in types.items())
+            raise BadInput(f"task {name} does not understand {pair!r}; its knobs are {known}") from None
+    return TASKS[name](**knobs)
 
 
 def heldout(task: Task, count: int, seed: int = 0) -> list[dict]:
@@ -599,6 +523,8 @@ def prompt(task: Task, problem: dict, style: str) -> str | list[dict]:
     The first two end in <think>; the caller of "chat" appends ASSISTANT_PREFIX to the templated text.
     """
     if style == "compact":
+        if not hasattr(task, "compact"):
+            raise BadInput(f"{type(task).__name__} has no compact prompt: give a pre-trained --model")
         return task.compact(problem)
     if style == "text":
         return f"{PREAMBLE}\nUser: {task.question(problem)}\nAssistant: {ASSISTANT_PREFIX}"
@@ -618,48 +544,34 @@ def split_of(key: str) -> str:
     return "train" if int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10 else "test"
 
 
-def read_jsonl(path: str, required: tuple[str, ...]) -> list[dict]:
-    """Rows of a JSONL file, required fields as text, with their line numbers as `line`."""
+def read_problems(path: str, field: str, scorer: Callable) -> list[dict]:
+    """{"question", "answer"} of each line of a JSONL file with `field` and `answer`; the scorer can read all."""
     if not path:
-        raise BadInput(f"this task reads a file: give --data FILE.jsonl with fields {', '.join(required)}")
+        raise BadInput(f"this task reads a file: give --data FILE.jsonl with fields {field}, answer")
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read the data file {path}: {error}") from None
-    rows = [read_row(path, i, line, required) for i, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
+    problems = []
+    for number, line in enumerate(lines, 1):
+        try:
+            problems += [read_problem(json.loads(line), field, scorer)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path}, line {number}: {error}: {line[:40]!r}") from None
+    if not problems:
         raise BadInput(f"{path} is empty; it must hold one JSON object per line")
-    return rows
+    return problems
 
 
-def read_row(path: str, number: int, line: str, required: tuple[str, ...]) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
+def read_problem(row: dict, field: str, scorer: Callable) -> dict:
     if not isinstance(row, dict):
-        raise BadInput(f"{path}, line {number}: not a JSON object: {line[:40]!r}")
-    for field in required:
-        if not isinstance(row.get(field), (str, int, float)) or not str(row[field]).strip():
-            raise BadInput(f'{path}, line {number}: field "{field}" is missing or empty')
-    if row.get("split", "train") not in ("train", "test"):
-        raise BadInput(f'{path}, line {number}: field "split" is {row["split"]!r}, not train or test')
-    return row | {field: str(row[field]) for field in required} | {"line": number}
-
-
-def split_rows(rows: list[dict], key: Callable[[dict], str]) -> dict[str, list[dict]]:
-    """Rows by their own `split` field, else by the hash of their key; no test problem is also in train."""
-    test = [row for row in rows if (row.get("split") or split_of(key(row))) == "test"]
-    held_out = set(map(key, test))
-    return {"train": [row for row in rows if key(row) not in held_out], "test": test}
-
-
-def row_at(rows: list[dict], split: str, seed: int, index: int) -> dict:
-    """The index-th row of an endless stream: test in file order, train in a new order each epoch."""
-    if not rows:
-        raise BadInput(f"the data file has no {split} rows (left); give more rows or drop a filter")
-    epoch, i = divmod(index, len(rows))
-    return rows[i if split == "test" else epoch_order(len(rows), seed, epoch)[i]]
+        raise BadInput("not a JSON object")
+    for name in (field, "answer"):
+        if not isinstance(row.get(name), (str, int, float)) or not str(row[name]).strip():
+            raise BadInput(f'field "{name}" is missing or empty')
+    answer = str(row["answer"]).rpartition("#### ")[2].strip()
+    scorer("", answer)  # raises BadInput if it cannot read this answer
+    return {"question": str(row[field]), "answer": answer}
 
 
 @functools.lru_cache(maxsize=4)
@@ -671,26 +583,23 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 # Text -> tokens -> postfix list -> value. Nothing recurses on an expression; what can be computed is exactly
 # the dict of operations that `evaluate` is given.
 
-
 PREFIX = {"+": "pos", "-": "neg"} | {name: name for name in "sqrt sin cos tan log ln exp".split()}
-INFIX = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "choose": 4, "root": 4}  # how tightly each binds
+INFIX = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "choose": 4}  # how tightly each binds
 BINDING = INFIX | dict.fromkeys(PREFIX.values(), 5) | {"pos": 3, "neg": 3}  # -2^2 is -4, sqrt(2)^2 is 2
 
 
 def parse_expression(text: str) -> tuple[Fraction, list[int]]:
     """Value and numerals of an expression over + - * / ( ) and integers; ValueError for anything else.
 
-    `**` and `//` are two operators in a row and so syntax errors. At most 500 characters, 200 tokens (hence
-    less than 100 nested parentheses) and 12 digits per numeral, without leading zeros.
+    At most 500 characters, 200 tokens (hence less than 100 nested parentheses) and 12 digits per numeral,
+    without leading zeros. `**` and `//` are two operators in a row and so syntax errors.
 
     >>> parse_expression("7 / 2 * (4 - 1)")
     (Fraction(21, 2), [7, 2, 4, 1])
     """
-    if len(text) > 500:
-        raise ValueError(f"{len(text)} characters, at most 500 are allowed")
-    tokens = re.findall(r"[0-9]+|[-+*/()]", text)
-    if len(tokens) > 200 or "".join(tokens) != re.sub(r"[ \t\r\n]", "", text):
-        raise ValueError("more than 200 tokens, or characters other than digits, + - * / ( ) and spaces")
+    tokens = re.findall(r"[0-9]+|[-+*/()]", text[:501])
+    if len(text) > 500 or len(tokens) > 200 or "".join(tokens) != re.sub(r"[ \t\r\n]", "", text):
+        raise ValueError("too long, or characters other than digits, + - * / ( ) and spaces")
     numerals = [token for token in tokens if token.isdigit()]
     if any(len(numeral) > 12 or (numeral[0] == "0" and numeral != "0") for numeral in numerals):
         raise ValueError("a numeral has more than 12 digits or a leading zero")
@@ -716,7 +625,8 @@ def to_postfix(tokens: list[str]) -> list[str]:
             output.append(token)
             operand_next = False
         elif token in INFIX:
-            while stack and stack[-1] != "(" and binds_first(stack[-1], token):
+            # only ^ groups to the right: 2^3^2 is 2^(3^2)
+            while stack and stack[-1] != "(" and BINDING[stack[-1]] >= BINDING[token] + (token == "^"):
                 output.append(stack.pop())
             stack.append(token)
             operand_next = True
@@ -730,11 +640,6 @@ def to_postfix(tokens: list[str]) -> list[str]:
     if operand_next or "(" in stack:
         raise ValueError("the expression is not complete")
     return output + stack[::-1]
-
-
-def binds_first(earlier: str, later: str) -> bool:
-    """Whether the operator on the stack is applied before the next one; only ^ groups to the right."""
-    return BINDING[earlier] > BINDING[later] or (BINDING[earlier] == BINDING[later] and later != "^")
 
 
 def evaluate(postfix: list[str], operations: dict[str, Callable], atom: Callable):
@@ -781,14 +686,13 @@ def math_equal(gold: str, pred: str) -> bool:
     """Whether two LaTeX answers are equal: as text, as exact rationals, element by element, or symbolically.
 
     Nothing is rounded (0.333 is not 1/3). A percent sign is dropped, but 50% is also 0.5. Empty or unbalanced
-    text equals nothing. Tuples, intervals and matrices are ordered, sets and lists are not.
+    text equals nothing. Tuples and intervals are ordered, sets and lists are not.
 
     >>> math_equal("\\\\frac{7}{3}", "2\\\\frac13"), math_equal("1,2", "2, 1"), math_equal("[0,1)", "(0,1)")
     (True, True, False)
     """
-    gold, pred = normalise(gold), normalise(pred)
-    seconds = [SYMBOLIC_SECONDS]  # shared by all elements of the answer
-    return bool(gold and pred) and equal_elements(gold, pred, seconds)
+    gold, pred = normalise(gold), normalise(pred)  # the seconds are shared by all elements of the answer
+    return bool(gold and pred) and equal_elements(gold, pred, [SYMBOLIC_SECONDS])
 
 
 def equal_elements(gold: str, pred: str, seconds: list[float]) -> bool:
@@ -843,7 +747,7 @@ def normalise(text: str | None) -> str:
 
 
 # a plain word after a number, if it is not a function: 5 square cm^2
-UNIT = r"(?!sqrt|sin|cos|tan|log|exp|mod|choose|root)(?:[A-Za-z]{3,}|[ckm]m|kg|ft|in|lb|of)(?:\^\{?[0-9]\}?)?"
+UNIT = r"(?!sqrt|sin|cos|tan|log|exp|mod|choose)(?:[A-Za-z]{3,}|[ckm]m|kg|ft|in|lb|of)(?:\^\{?[0-9]\}?)?"
 CLEANING = (  # in this order
     (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])|(?<!\\)\\!|\\?\$|(?<!\\)\\[()\[\]]", ""),
     (r"(?<!\\)\\[,;: ]|~|\\quad", " "),
@@ -875,24 +779,19 @@ CLEANING = (  # in this order
 
 
 def split_sequence(text: str) -> tuple[str, list[str]]:
-    """Kind and elements of a list, set, tuple, interval, union, matrix or plus-minus; ("", []) for one value.
+    """Kind and elements of a list, set, tuple or interval; ("", []) for one value.
 
     >>> split_sequence("[0,1)"), split_sequence("(x-1)(x+1)"), split_sequence("2,3")
     (('[)', ['0', '1']), ('', []), ('set', ['2', '3']))
     """
-    if matrix := re.fullmatch(r"\\begin\{([pb]?matrix)\}(.*)\\end\{\1\}", text, flags=re.DOTALL):
-        rows = [row.split("&") for row in matrix[2].split("\\\\")]
-        return f"matrix {[len(row) for row in rows]}", [cell.strip() for row in rows for cell in row]
-    pieces = text.split("\\cup") if "\\cup" in text else split_commas(text)
+    pieces = split_commas(text)
     if len(pieces) > 1:
         return "set", pieces
     if text.startswith("\\{") and text.endswith("\\}"):
         return "set", split_commas(text[2:-2])
-    if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
-        inner = split_commas(text[1:-1])
-        return (text[0] + text[-1], inner) if len(inner) > 1 else ("", [])
-    if text.count("\\pm") == 1:
-        return "set", [text.replace("\\pm", "+").removeprefix("+"), text.replace("\\pm", "-")]
+    inner = split_commas(text[1:-1])
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(inner) > 1:
+        return text[0] + text[-1], inner
     return "", []
 
 
@@ -915,7 +814,7 @@ LATEX = (  # innermost braces first, repeated until nothing changes
     (r"(?<![\w.^_}])(\d+) (\d+)/(\d+)(?![\w.])", r"(\1+\2/\3)"),
     (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"),
     (r"\\binom\{([^{}]*)\}\{([^{}]*)\}", r"((\1) choose (\2))"),
-    (r"\\sqrt\[([^][{}]*)\]\{([^{}]*)\}", r"((\1) root (\2))"),
+    (r"\\sqrt\[([^][{}]*)\]\{([^{}]*)\}", r"((\2)^(1/(\1)))"),
     (r"\\sqrt\{([^{}]*)\}", r" sqrt(\1)"),
     (r"\^\{([^{}]*)\}", r"^(\1)"),
 )
@@ -961,8 +860,7 @@ def split_word(word: str) -> list[str]:
 
 # ------------------------------------------------------------------------------------------- symbolic stage
 # sympy runs in a child process: this file, started by its path, so that the user's script is never run again.
-# A request is one JSON line with two postfix lists, a reply is one byte. A timer kills it: no SIGALRM.
-
+# To a line of JSON [postfix, postfix, seconds] it replies "r", which starts the clock, and then "1" or "0".
 
 SYMBOLIC_SECONDS = 1.5  # per answer; a hundredth is enough for most
 symbolic_timeouts = 0  # answers judged wrong because the child was late or died
@@ -976,62 +874,53 @@ def symbolic_equal(left: list[str], right: list[str], seconds: list[float]) -> b
     if seconds[0] <= 0:
         return False
     with _one_request:
-        child = running_child()
-        if ask(child, [["0"], ["0"]], 60.0) != b"1":  # untimed for the answer: the child imports sympy first
-            raise RuntimeError(f"the symbolic stage does not start; to see why: {' '.join(child.args)}")
-        started = time.monotonic()
-        verdict = ask(child, [left, right], seconds[0])
-        seconds[0] -= time.monotonic() - started
+        child, verdict = running_child(), b""
+        try:
+            child.stdin.write(json.dumps([left, right, seconds[0]]).encode() + b"\n")
+            if child.stdout.read(1) != b"r":  # not timed: the child imports sympy first
+                raise RuntimeError(f"the symbolic stage does not start; to see why: {' '.join(child.args)}")
+            started = time.monotonic()
+            verdict = child.stdout.read(1)
+            seconds[0] -= time.monotonic() - started
+        finally:
+            if not verdict:  # late or dead; or Ctrl-C: a reply left in the pipe would answer the next request
+                child.kill()
+                child.wait()
         if not verdict:
             symbolic_timeouts += 1
-            child.wait()
             running_child()  # the next one imports sympy while the caller goes on
     return verdict == b"1"
 
 
-def ask(child: subprocess.Popen, request: list[list[str]], seconds: float) -> bytes:
-    """The child's reply, b"1" or b"0"; b"" if it was late, which kills it, or died."""
-    timer, reply = threading.Timer(seconds, child.kill), b""
-    timer.start()
-    try:
-        child.stdin.write(json.dumps(request).encode() + b"\n")
-        reply = child.stdout.read(1)
-    except OSError:
-        pass  # it died before it could read
-    finally:
-        timer.cancel()
-        if not reply:  # also after Ctrl-C: a reply left in the pipe would answer the next request
-            child.kill()
-    return reply
-
-
-def running_child() -> subprocess.Popen:
+def running_child() -> Popen:
     child = _children.get(os.getpid())
     if child is None or child.poll() is not None:
         command = [sys.executable, os.path.abspath(__file__), "--symbolic-child"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         # Not in our process group: Ctrl-C is for the script, which goes on to save. bufsize 0: no byte waits.
-        child = subprocess.Popen(command, **pipes, bufsize=0, start_new_session=True)
+        child = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, bufsize=0, start_new_session=True)
         _children[os.getpid()] = child
     return child
 
 
 def serve_symbolic() -> None:
-    """The child's loop; it ends with its input, that is with its parent."""
+    """The child's loop; it ends with its input, that is with its parent, or when a request takes too long."""
+    faulthandler.dump_traceback_later(60, exit=True)  # a thread in C: it also ends a huge multiplication
     try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
     except (ImportError, OSError, ValueError):
-        pass  # not on this system; the timer still kills
+        pass  # not on this system
     operations, atom = sympy_grammar()
-    for warm_up in ("(x+1)^2-x^2-2x-1", "sqrt(3+2sqrt(2))-1-sqrt(2)"):  # sympy imports on first use
-        is_zero(evaluate(to_postfix(math_tokens(warm_up)), operations, atom))
+    postfix = to_postfix(math_tokens("sqrt(x^2-1)-1"))  # warms up: sympy imports more on first use
+    is_zero(evaluate(postfix, operations, atom))
+    faulthandler.cancel_dump_traceback_later()
     for line in sys.stdin:
-        faulthandler.dump_traceback_later(10, exit=True)  # ends also the orphan of a killed parent
+        left, right, seconds = json.loads(line)
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        os.write(1, b"r")
         try:
-            left, right = (evaluate(side, operations, atom) for side in json.loads(line))
-            verdict = is_zero(left - right)
+            verdict = is_zero(evaluate(left, operations, atom) - evaluate(right, operations, atom))
         except (ArithmeticError, AttributeError, MemoryError, RuntimeError, TypeError, ValueError):
             verdict = False
         faulthandler.cancel_dump_traceback_later()
@@ -1061,11 +950,8 @@ def sympy_grammar() -> tuple[dict[str, Callable], Callable]:
             raise ValueError("too large a power")
         return base**exponent
 
-    def root(n: sympy.Expr, x: sympy.Expr) -> sympy.Expr:  # real: the cube root of -8 is -2
-        return -power(-x, 1 / n) if x.is_negative and n.is_odd else power(x, 1 / n)
-
     operations = {name: getattr(sympy, name) for name in "sqrt sin cos tan exp".split()}
-    operations |= {"ln": sympy.log, "log": lambda x: sympy.log(x, 10), "^": power, "root": root}
+    operations |= {"ln": sympy.log, "log": lambda x: sympy.log(x, 10), "^": power}
     operations["!"] = lambda n: sympy.factorial(small_integer(n))
     operations["choose"] = lambda n, k: sympy.binomial(small_integer(n), small_integer(k))
     return ARITHMETIC | operations, atom
