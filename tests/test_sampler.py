@@ -190,6 +190,7 @@ def drawn(temperature=1.0, top_p=1.0, top_k=0, count=20000):
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_draw_has_the_right_distribution(setting):
+    # BUG: with top_p or top_k draw raises TypeError: Tensor.sort takes dim by name once stable is given
     assert agrees(drawn(**setting), target(LOGITS, **setting))
 
 
@@ -395,7 +396,6 @@ def test_no_new_tokens():
     assert sampled.lengths.tolist() == [0] * 4 and sampled.finished.tolist() == [False] * 4
 
 
-
 def test_each_prompt_runs_once_and_finished_rows_leave():
     model, prompts, shapes = make_model(eos=(3, 7)), make_prompts(4), []
     hook = model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
@@ -580,7 +580,7 @@ class LargestLogits(TorchDispatchMode):
 def test_chunks_bound_the_logits():
     """Forward and backward, and only trained positions go through the head."""
     model = make_model(vocab=101).requires_grad_()
-    tokens, mask = training_batch(seed=1)
+    tokens, mask = training_batch(seed=2)
     trained = int(mask[:, 1:].sum())
     assert trained != HIDDEN
     for chunk, expected in ((2**26, trained * 101), (505, 505), (600, 505), (1, 101)):
