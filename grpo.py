@@ -95,9 +95,7 @@ class Config:
     max_new_tokens: int = flag(0, "longest completion (L in eq. 4), 0 = by model size")
     length_schedule: str = flag("", "longest completion from a step on: 8192:0,16384:1040 (DeepScaleR)")
     temperature: float = flag(1.0, "sampling temperature, also in the loss", 0.01)
-    dynamic_sampling: int = flag(
-        0, "draw up to this many more batches for groups with signal (DAPO), 0 = off"
-    )
+    dynamic_sampling: int = flag(0, "draw up to this many more batches for groups with signal (DAPO), 0 = off")
     micro_batch_tokens: int = flag(0, "padded tokens per forward pass, 0 = by model size")
     steps: int = flag(40, "rollouts", 1)
     updates: int = flag(1, "optimizer steps per rollout, each on its own part of the batch", 1)
@@ -114,9 +112,7 @@ class Config:
     out: str = flag("", "run folder; none = the next free out/grpo-TASK-SEED")
     resume: str = flag("", "run folder to go on with, or auto for the newest")
     check: bool = flag(False, "one step of everything in a temporary folder, with the memory plan")
-    advantage: Literal["group", "batch", "none"] = flag(
-        "group", "what eq. 1 divides by: std of group or batch"
-    )
+    advantage: Literal["group", "batch", "none"] = flag("group", "what eq. 1 divides by: std of group or batch")
     aggregation: Literal["token", "sequence", "constant"] = flag("token", "weights of eq. 4")
     clip_low: float = flag(0.2, "eps_low in eq. 3")
     clip_high: float = flag(0.2, "eps_high in eq. 3 (DAPO: 0.28)")
@@ -199,9 +195,7 @@ def limit_at(step: int, schedule: str, default: int) -> int:
 
 def reward_of(c: "Completion", cfg: Config, limit: int) -> float:
     """The verifier's total (correct + format_weight x format) and the optional terms."""
-    reward = c.score["total"] + (
-        soft_overlong(len(c.tokens), limit, cfg.overlong_cache) if cfg.overlong_cache else 0
-    )
+    reward = c.score["total"] + (soft_overlong(len(c.tokens), limit, cfg.overlong_cache) if cfg.overlong_cache else 0)
     if cfg.language_weight:  # of the thinking; added, as R1 does
         reward += cfg.language_weight * language_consistency(c.text.partition("</think>")[0])
     return reward
@@ -216,9 +210,7 @@ def check_flags(cfg: Config) -> None:
     if cfg.batch_size % unit:
         near = [n for n in (cfg.batch_size // unit * unit, (cfg.batch_size // unit + 1) * unit) if n]
         what = f"--group_size {cfg.group_size}" + (f" x --updates {cfg.updates}" if cfg.updates > 1 else "")
-        raise BadInput(
-            f"--batch_size {cfg.batch_size} is not divisible by {what}; try {' or '.join(map(str, near))}"
-        )
+        raise BadInput(f"--batch_size {cfg.batch_size} is not divisible by {what}; try {' or '.join(map(str, near))}")
     if cfg.ref_every and not cfg.kl_coef:
         raise BadInput(f"--ref_every {cfg.ref_every} needs --kl_coef: without it there is no reference")
     try:
@@ -227,9 +219,7 @@ def check_flags(cfg: Config) -> None:
         raise BadInput(f"--length_schedule {cfg.length_schedule}: value:step,value:step is needed") from None
 
 
-def sample_batch(
-    run: "Run", sampler: "Model", prompter: "Prompter", step: int, drawn: int, limit: int
-) -> tuple:
+def sample_batch(run: "Run", sampler: "Model", prompter: "Prompter", step: int, drawn: int, limit: int) -> tuple:
     """The completions of a step, all of them and those to train on, and the prompts drawn so far.
 
     Each rank samples its share of the prompts, then every rank holds everything. Dynamic sampling draws on until
@@ -240,9 +230,7 @@ def sample_batch(
         numbers = range(drawn, drawn + cfg.batch_size // cfg.group_size)
         mine = [(n, prompter.task.problem("train", cfg.seed, n)) for n in numbers][run.rank :: run.world]
         options = {"temperature": cfg.temperature, "format_weight": cfg.format_weight}
-        parts = run.gather(
-            rollout(sampler, prompter, mine, cfg.group_size, limit, (cfg.seed, step), **options)
-        )
+        parts = run.gather(rollout(sampler, prompter, mine, cfg.group_size, limit, (cfg.seed, step), **options))
         done = sorted((c for part in parts for c in part), key=lambda c: c.number)  # groups stay contiguous
         for group in in_groups(done, cfg.group_size):
             if not cfg.dynamic_sampling or 0 < sum(c.score["correct"] for c in group) < cfg.group_size:
@@ -272,19 +260,14 @@ def describe_batch(done: list["Completion"], group_size: int, prompter: "Prompte
         metrics[f"completion_length/{name}"] = mean(len(c.tokens) for c in some)
         metrics[f"reflections/{name}"] = mean(reflection_count(c.text) for c in some)
     rights = [sum(c.score["correct"] for c in group) for group in in_groups(done, group_size)]
-    metrics |= {
-        "frac_all_right": mean(n == group_size for n in rights),
-        "frac_all_wrong": mean(n == 0 for n in rights),
-    }
+    metrics |= {"frac_all_right": mean(n == group_size for n in rights), "frac_all_wrong": mean(n == 0 for n in rights)}
     details = [prompter.describe(c) for c in done]
     return metrics | {name: mean(d[name] for d in details) for name in details[0]}
 
 
 def training_batches(run: "Run", done: list["Completion"], rows: list[int]):
     """(row numbers, tokens (B, T), mask (B, T)) of every micro-batch; the mask is True on sampled tokens."""
-    for part in micro_batches(
-        [len(done[i].prompt + done[i].tokens) for i in rows], run.cfg.micro_batch_tokens
-    ):
+    for part in micro_batches([len(done[i].prompt + done[i].tokens) for i in rows], run.cfg.micro_batch_tokens):
         chosen = [rows[j] for j in part]
         tokens = pad_rows([done[i].prompt + done[i].tokens for i in chosen], run.device, torch.long)
         masks = [[False] * len(done[i].prompt) + [True] * len(done[i].tokens) for i in chosen]
@@ -304,31 +287,23 @@ def update_policy(
     counted = [not cfg.mask_truncated or c.finished for c in done]
     signal = [ok and (a != 0 or cfg.kl_coef > 0) for ok, a in zip(counted, advantages, strict=True)]
     parts = in_groups(list(range(len(done))), cfg.batch_size // cfg.updates)
-    longest_first = [
-        sorted((i for i in part if signal[i]), key=lambda i: -len(done[i].tokens)) for part in parts
-    ]
+    longest_first = [sorted((i for i in part if signal[i]), key=lambda i: -len(done[i].tokens)) for part in parts]
     mine = [rows[run.rank :: run.world] for rows in longest_first]
     if cfg.updates > 1:  # pi_old of eq. 2, noted before the first update moves pi
         with torch.no_grad():
             for rows, tokens, mask in training_batches(run, done, [i for rows in mine for i in rows]):
-                old |= zip(
-                    rows, completion_logprobs(model, tokens, mask, cfg.temperature)[0].tolist(), strict=True
-                )
+                old |= zip(rows, completion_logprobs(model, tokens, mask, cfg.temperature)[0].tolist(), strict=True)
     for part, rows_of_all, rows_of_mine in zip(parts, longest_first, mine, strict=True):
         num_tokens = sum(len(done[i].tokens) for i in part if counted[i])  # N of eq. 4
         for rows, tokens, mask in training_batches(run, done, rows_of_mine):
             logprobs, entropy = completion_logprobs(model, tokens, mask, cfg.temperature)  # (B, T-1)
             old_logprobs, ref_logprobs, trained = logprobs.detach(), None, mask[:, 1:].to(logprobs.dtype)
             if old:
-                old_logprobs = pad_rows(
-                    [old[i][: trained.shape[1]] for i in rows], run.device, logprobs.dtype
-                )
+                old_logprobs = pad_rows([old[i][: trained.shape[1]] for i in rows], run.device, logprobs.dtype)
             if reference is not None:
                 with torch.no_grad():
                     ref_logprobs, _ = completion_logprobs(reference, tokens, mask, cfg.temperature)
-            gains = torch.tensor(
-                [advantages[i] for i in rows], dtype=logprobs.dtype, device=run.device
-            )  # (B,)
+            gains = torch.tensor([advantages[i] for i in rows], dtype=logprobs.dtype, device=run.device)  # (B,)
             weights = token_weights(trained, cfg.aggregation, num_tokens, len(part), limit)
             clip = cfg.clip_low, cfg.clip_high
             loss, seen = policy_loss(logprobs, old_logprobs, gains, weights, *clip, cfg.kl_coef, ref_logprobs)
@@ -339,11 +314,7 @@ def update_policy(
         if rows_of_all:  # without signal on any rank no step is taken: Adam would move on its momentum alone
             norms.append(run.update(model, optimizer, lr))
     totals = {name: sum(rank[name] for rank in run.gather(totals)) for name in totals}
-    means = {
-        name: value / max(totals["tokens"], 1)
-        for name, value in totals.items()
-        if name not in ("tokens", "loss")
-    }
+    means = {name: value / max(totals["tokens"], 1) for name, value in totals.items() if name not in ("tokens", "loss")}
     return means | {"loss": totals["loss"], "grad_norm": mean(norms), "rows_trained": sum(signal)}
 
 
@@ -358,12 +329,7 @@ def train(cfg: Config) -> int:
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     reference = copy.deepcopy(sampler).requires_grad_(False) if cfg.kl_coef else None
     prompts = cfg.batch_size // cfg.group_size
-    run.open(
-        model,
-        prompter,
-        chosen,
-        f"{prompts} prompts x {cfg.group_size} completions = {cfg.batch_size} per step",
-    )
+    run.open(model, prompter, chosen, f"{prompts} prompts x {cfg.group_size} completions = {cfg.batch_size} per step")
     state = run.resume(model, optimizer) if cfg.resume else {"step": 0, "drawn": 0}
     drawn = state["drawn"]
     if "reference" in state:
@@ -389,15 +355,8 @@ def train(cfg: Config) -> int:
             sum(len(c.tokens) for c in every),
             in_groups(rewards.tolist(), cfg.group_size),
         )
-        metrics |= {
-            "reward": mean(rewards.tolist()),
-            "reward_std": mean([float(rewards.std())] if len(batch) else []),
-        }
-        metrics |= {
-            "frac_reward_zero_std": mean(max(g) - min(g) <= 1e-8 for g in groups),
-            "lr": lr,
-            "tokens": tokens,
-        }
+        metrics |= {"reward": mean(rewards.tolist()), "reward_std": mean([float(rewards.std())] if len(batch) else [])}
+        metrics |= {"frac_reward_zero_std": mean(max(g) - min(g) <= 1e-8 for g in groups), "lr": lr, "tokens": tokens}
         metrics |= {"prompts": drawn, "tokens_per_s": tokens / (ended - began)}
         metrics |= {"seconds_sample": sampled - began, "seconds_train": ended - sampled}
         run.log(step, metrics, show=("reward", "accuracy", "completion_length", "entropy", "tokens_per_s"))
@@ -417,14 +376,9 @@ def train(cfg: Config) -> int:
 
 # >>> shared: model (same text in every script that has it; see tests/test_shared_blocks.py)
 QKV_BIAS = {"llama": False, "qwen2": True, "qwen3": False}  # the model types that this decoder reads
-SHORT_NAMES = {
-    name: f"{owner}/{name}"
-    for owner, names in {
-        "Qwen": "Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-3B Qwen2.5-7B Qwen3-0.6B-Base Qwen3-1.7B-Base",
-        "HuggingFaceTB": "SmolLM2-135M-Instruct SmolLM2-360M-Instruct SmolLM2-1.7B-Instruct",
-    }.items()
-    for name in names.split()
-}
+QWEN = "Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-3B Qwen2.5-7B Qwen3-0.6B-Base Qwen3-1.7B-Base".split()
+SMOL = "SmolLM2-135M-Instruct SmolLM2-360M-Instruct SmolLM2-1.7B-Instruct".split()
+SHORT_NAMES = {name: f"Qwen/{name}" for name in QWEN} | {name: f"HuggingFaceTB/{name}" for name in SMOL}
 
 
 class Linear(nn.Linear):
@@ -485,33 +439,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Layer(nn.Module):
     def __init__(self, c: dict, head_dim: int):
         super().__init__()
-        size, inner, eps, bias = (
-            c["hidden_size"],
-            c["intermediate_size"],
-            c["rms_norm_eps"],
-            QKV_BIAS[c["model_type"]],
-        )
-        self.heads, self.kv_heads, self.head_dim = (
-            c["num_attention_heads"],
-            c["num_key_value_heads"],
-            head_dim,
-        )
-        projections = {
-            "q_proj": Linear(size, self.heads * head_dim, bias=bias),
-            "k_proj": Linear(size, self.kv_heads * head_dim, bias=bias),
-            "v_proj": Linear(size, self.kv_heads * head_dim, bias=bias),
-            "o_proj": Linear(self.heads * head_dim, size, bias=False),
-        }
-        normed = c["model_type"] == "qwen3"
-        norms = {name: RMSNorm(head_dim, eps) if normed else nn.Identity() for name in ("q_norm", "k_norm")}
-        self.self_attn = nn.ModuleDict(projections | norms)
+        size, inner, eps, kind = c["hidden_size"], c["intermediate_size"], c["rms_norm_eps"], c["model_type"]
+        self.heads, self.kv_heads, self.head_dim = c["num_attention_heads"], c["num_key_value_heads"], head_dim
+        widths = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
+        parts = {name: Linear(size, n * head_dim, bias=QKV_BIAS[kind]) for name, n in widths.items()}
+        parts["o_proj"] = Linear(self.heads * head_dim, size, bias=False)
+        for name in ("q_norm", "k_norm"):
+            parts[name] = RMSNorm(head_dim, eps) if kind == "qwen3" else nn.Identity()
+        self.self_attn = nn.ModuleDict(parts)
         gates = {name: Linear(size, inner, bias=False) for name in ("gate_proj", "up_proj")}
         self.mlp = nn.ModuleDict(gates | {"down_proj": Linear(inner, size, bias=False)})
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(size, eps), RMSNorm(size, eps)
 
-    def attend(
-        self, x: Tensor, rotary: tuple, cache: Cache | None, layer: int, mask: Tensor | None
-    ) -> Tensor:
+    def attend(self, x: Tensor, rotary: tuple, cache: Cache | None, layer: int, mask: Tensor | None) -> Tensor:
         """Grouped-query attention of x (B, T, C)."""
         (B, T, _), a = x.shape, self.self_attn
         q = rotate(a["q_norm"](a["q_proj"](x).view(B, T, self.heads, -1)).transpose(1, 2), *rotary)
@@ -541,36 +481,24 @@ class Model(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = c = {
-            "num_key_value_heads": config["num_attention_heads"],
-            "rms_norm_eps": 1e-6,
-        } | config
+        self.config = c = {"num_key_value_heads": config["num_attention_heads"], "rms_norm_eps": 1e-6} | config
         self.head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
         self.rope_theta = c.get("rope_theta") or c["rope_parameters"]["rope_theta"]
         layers = nn.ModuleList(Layer(c, self.head_dim) for _ in range(c["num_hidden_layers"]))
-        embed, norm = (
-            nn.Embedding(c["vocab_size"], c["hidden_size"]),
-            RMSNorm(c["hidden_size"], c["rms_norm_eps"]),
-        )
+        embed, norm = nn.Embedding(c["vocab_size"], c["hidden_size"]), RMSNorm(c["hidden_size"], c["rms_norm_eps"])
         self.model = nn.ModuleDict({"embed_tokens": embed, "layers": layers, "norm": norm})
         self.lm_head = Linear(c["hidden_size"], c["vocab_size"], bias=False)
         if c.get("tie_word_embeddings"):
             self.lm_head.weight = embed.weight
         self.compute_dtype = None  # of the products; None: that of the weights
         self.checkpointing = False  # recompute each layer in the backward pass instead of storing it
-        self.register_buffer(
-            "vocab_bias", None, persistent=False
-        )  # (V,): -inf for ids never to be sampled, else 0
+        self.register_buffer("vocab_bias", None, persistent=False)  # (V,): -inf for ids never sampled, else 0
         self.eos_ids: list[int] = []
         self.is_tiny = False  # has the tokenizer of the tiny models made here
 
     def forward(
-        self,
-        inputs: Tensor,
-        positions: Tensor | None = None,
-        cache: Cache | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+        self, inputs: Tensor, positions: Tensor | None = None, cache: Cache | None = None, mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Hidden states (B, T, C) after the final norm. With a cache the T inputs continue each row behind its
         own length, and the lengths grow by T. mask (B, 1, T, S) is True where a key may be seen.
         """
@@ -580,9 +508,7 @@ class Model(nn.Module):
             positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
             positions = positions if cache is None else positions + cache.lengths[:, None]  # (B, T)
         if cache is not None and mask is None:
-            mask = (
-                torch.arange(cache.width, device=x.device) <= positions[:, None, :, None]
-            )  # (B, 1, T, width)
+            mask = torch.arange(cache.width, device=x.device) <= positions[:, None, :, None]  # (B, 1, T, S)
         exponents = torch.arange(0, self.head_dim, 2, device=x.device) / self.head_dim
         angles = positions[:, None, :, None] * self.rope_theta**-exponents  # (B, 1, T, D/2)
         rotary = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -596,66 +522,60 @@ class Model(nn.Module):
         return self.model["norm"](x)
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """The logits (..., V) that sampling and training share: at least float32, over T, ids never sampled at -inf."""
+        """Logits (..., V) for sampling and training: at least float32, over T, ids never sampled at -inf."""
         logits = self.lm_head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         return logits if self.vocab_bias is None else logits + self.vocab_bias
+
+
+def need(good: object, message: str) -> None:
+    """Unless `good`, complain in one line about what the user gave."""
+    if not good:
+        raise BadInput(message)
 
 
 def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInput(
-            f"{path} cannot be read ({error}); a model folder holds config.json and *.safetensors"
-        ) from None
+        raise BadInput(f"{path} cannot be read ({error}); a model folder has config.json, *.safetensors") from None
 
 
 def resolve_model(name: str) -> Path:
-    """The folder of a model: "tiny" and others made here, a folder, a short name, or owner/name in the hub's cache."""
+    """The folder of a model: "tiny" and others made here, a folder, a short name, or owner/name from the hub."""
     for folder in (Path(name).expanduser(), Path(__file__).parent / "models" / name):
         if folder.is_dir():
             return folder
-    repo = SHORT_NAMES.get(name, name)
-    if name.startswith((".", "/", "~")) or repo.count("/") != 1:
-        raise BadInput(
-            f"no such folder: {name} (hub names look like owner/name; short names: {', '.join(SHORT_NAMES)})"
-        )
+    repo, known = SHORT_NAMES.get(name, name), ", ".join(SHORT_NAMES)
+    is_repo = repo.count("/") == 1 and not name.startswith((".", "/", "~"))
+    need(is_repo, f"no such folder: {name} (hub names look like owner/name; short names: {known})")
     try:
         return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except (OSError, ValueError) as error:  # the hub's own errors are among them
         status = getattr(getattr(error, "response", None), "status_code", None)
+        why = "is not in the local cache and huggingface.co cannot be reached. On a machine with network: "
+        why += f"hf download {repo} --local-dir DIR, then --model DIR"
         if status in (401, 403, 404):
-            raise BadInput(
-                f"{repo}: huggingface.co answers {status}; check the name, or log in: hf auth login"
-            ) from None
-        raise BadInput(
-            f"{repo} is not in the local cache and huggingface.co cannot be reached. On a machine with network: "
-            f"hf download {repo} --local-dir DIR, then --model DIR"
-        ) from None
+            why = f"cannot be had: huggingface.co answers {status}. Check the name, or log in: hf auth login"
+        raise BadInput(f"{repo} {why}") from None
 
 
 def check_config(c: dict, folder: Path) -> None:
     """Refuse, in one line, a config.json that this decoder cannot honour."""
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    found = {name: (c.get(name), isinstance(c.get(name), int), "a whole number") for name in sizes}
-    found["model_type"] = c.get("model_type"), c.get("model_type") in QKV_BIAS, ", ".join(QKV_BIAS)
-    found["hidden_act"] = c.get("hidden_act"), c.get("hidden_act", "silu") == "silu", "silu"
-    kind, theta = (
-        rope.get("rope_type") or rope.get("type") or "default",
-        c.get("rope_theta") or rope.get("rope_theta"),
-    )
-    found["rope type"], found["rope_theta"] = (
-        (kind, kind == "default", "default"),
-        (theta, bool(theta), "a number"),
-    )
-    bias = c.get("attention_bias") and c.get("model_type") != "qwen2" or c.get("mlp_bias")
-    found["attention or mlp bias"] = bias, not bias, "none"
-    found["use_sliding_window"] = c.get("use_sliding_window"), not c.get("use_sliding_window"), "false"
-    for name, (value, good, supported) in found.items():
-        if not good:
-            raise BadInput(f"{folder}/config.json: {name} {value} is not supported (supported: {supported})")
+    rope, kind, act = c.get("rope_parameters") or c.get("rope_scaling") or {}, c.get("model_type"), c.get("hidden_act")
+    rope_type, bias = rope.get("rope_type") or rope.get("type") or "default", c.get("attention_bias")
+    checks = {
+        f"model_type {kind} (supported: {', '.join(QKV_BIAS)})": kind in QKV_BIAS,
+        f"hidden_act {act} (supported: silu)": act in ("silu", None),
+        f"rope type {rope_type} (supported: default)": rope_type == "default",
+        "no rope_theta": c.get("rope_theta") or rope.get("rope_theta"),
+        "attention_bias or mlp_bias": not c.get("mlp_bias") and (kind == "qwen2" or not bias),
+        "use_sliding_window": not c.get("use_sliding_window"),
+    }
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
+        checks[f"{name} {c.get(name)}"] = isinstance(c.get(name), int)
+    for what, good in checks.items():
+        need(good, f"{folder}/config.json: {what} is not supported")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -663,13 +583,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     index, tensors = folder / "model.safetensors.index.json", {}
     names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     for path in (folder / Path(name).name for name in sorted(names)):  # never outside the folder
-        if not path.is_file():
-            raise BadInput(f"no {path.name} in {folder}; weights are read from safetensors files only")
+        need(path.is_file(), f"no {path.name} in {folder}; weights are read from safetensors files only")
         with path.open("rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                size = path.stat().st_size
-                raise BadInput(f'{path.name} is {size} bytes and starts with "version https://git-lfs": '
-                               "a Git LFS pointer. Run: git lfs pull")  # fmt: skip
+            lfs = file.read(23) == b"version https://git-lfs"
+        pointer = f'is {path.stat().st_size} bytes and starts with "version https://git-lfs": a Git LFS pointer'
+        need(not lfs, f"{path.name} {pointer}. Run: git lfs pull")
         try:
             tensors |= load_file(path)
         except SafetensorError as error:
@@ -678,8 +596,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Model:
-    """The model in a Hugging Face folder, weights widened to float32; a tensor that is missing, extra or of another
-    shape is an error. model.eos_ids has every id that ends a text, model.vocab_bias is -inf where none may be drawn.
+    """The model in a Hugging Face folder, weights widened to float32. Raises BadInput for any tensor that is missing,
+    extra or of another shape. eos_ids gets every id that ends a text, vocab_bias -inf where none may be drawn.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
@@ -689,23 +607,16 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Model:
     tensors, wanted = read_tensors(folder), model.state_dict()
     if config.get("tie_word_embeddings"):  # one weight, stored once; a second copy must be the same
         head, embed = tensors.pop("lm_head.weight", None), tensors.get("model.embed_tokens.weight")
-        if head is not None and embed is not None and not torch.equal(head, embed):
-            raise BadInput(
-                f"{folder}: tie_word_embeddings is true, but lm_head differs from embed_tokens on disk"
-            )
+        same = head is None or embed is None or torch.equal(head, embed)
+        need(same, f"{folder}: tie_word_embeddings is true, but lm_head differs from embed_tokens on disk")
         del wanted["lm_head.weight"]
-    for what, names in (
-        ("missing from", [n for n in wanted if n not in tensors]),
-        ("unknown in", [n for n in tensors if n not in wanted]),
-        ("of another shape in", [n for n in wanted if n in tensors and tensors[n].shape != wanted[n].shape]),
-    ):
-        if names:
-            raise BadInput(
-                f"{len(names)} tensors {what} {folder} (first: {names[0]}); the file does not match config.json"
-            )
-    model.load_state_dict(
-        {n: t.to(device, torch.float32) for n, t in tensors.items()}, strict=False, assign=True
-    )
+    wrong = [f"{n} is missing" for n in wanted if n not in tensors]
+    wrong += [f"{n} is unknown" for n in tensors if n not in wanted]
+    shapes = [(n, tuple(t.shape), tuple(wanted[n].shape)) for n, t in tensors.items() if n in wanted]
+    wrong += [f"{name} has shape {found}, not {right}" for name, found, right in shapes if found != right]
+    need(not wrong, f"{folder}: {len(wrong)} tensors do not match config.json (first: {(wrong or [0])[0]})")
+    tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
+    model.load_state_dict(tensors, strict=False, assign=True)
     if config.get("tie_word_embeddings"):
         model.lm_head.weight = model.model["embed_tokens"].weight
     model.folder = folder
@@ -718,42 +629,36 @@ def read_special_ids(model: Model) -> None:
     folder, size = model.folder, model.config["vocab_size"]
     path = folder / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
-    found, banned = (
-        [model.config.get("eos_token_id"), generation.get("eos_token_id")],
-        generation.get("suppress_tokens") or [],
-    )
+    banned = list(generation.get("suppress_tokens") or [])
+    ends = [model.config.get("eos_token_id"), generation.get("eos_token_id")]
     if (folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(folder)
-        largest = max(tokenizer.get_vocab().values())
-        if largest >= size:
-            raise BadInput(
-                f"{folder}: the tokenizer has ids up to {largest}, the model only {size} embeddings"
-            )
-        banned = [*banned, *range(largest + 1, size)]  # a vocabulary padded to a round size
+        top = max(tokenizer.get_vocab().values())
+        need(top < size, f"{folder}: the tokenizer has ids up to {top}, the model only {size} embeddings")
+        banned += range(top + 1, size)  # a vocabulary padded to a round size
         end = read_json(folder / "tokenizer_config.json").get("eos_token") or ""
-        found.append(tokenizer.token_to_id(end["content"] if isinstance(end, dict) else end))
+        ends.append(tokenizer.token_to_id(end["content"] if isinstance(end, dict) else end))
         model.is_tiny = tokenizer.token_to_id("<latent>") is not None
-    model.eos_ids = sorted(
-        {i for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])}
-    )
+    lists = [end if isinstance(end, list) else [end] for end in ends if end is not None]
+    model.eos_ids = sorted({i for ids in lists for i in ids})
     if banned:
         model.vocab_bias = torch.zeros(size, device=model.lm_head.weight.device)
         model.vocab_bias[banned] = -torch.inf
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    return Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    path = Path(folder) / "tokenizer.json"
+    read_json(path)  # for its message: the library's own is a bare Exception
+    return Tokenizer.from_file(str(path))
 
 
 def save_model(model: Model, folder: str | Path) -> None:
     """A folder that AutoModelForCausalLM opens with the same logits; the tokenizer's files come along."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rope = {
-        "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_theta": model.rope_theta, "rope_type": "default"},
-    }
-    config = model.config | rope | {"dtype": str(model.lm_head.weight.dtype).removeprefix("torch.")}
+    rope = {"rope_theta": model.rope_theta, "rope_type": "default"}
+    config = model.config | {"rope_theta": model.rope_theta, "rope_parameters": rope}
+    config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     if config.get("tie_word_embeddings"):
@@ -776,9 +681,7 @@ def row_uniforms(seed: int, step: int, prompt: int, sample: int, count: int) -> 
     """The random numbers of one completion, (count,) float32 in [0, 1): a function of these four and nothing else,
     so that a completion depends neither on the batch and its other rows nor on the rank.
     """
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, step, prompt, sample)))).random(
-        count, np.float32
-    )
+    return np.random.default_rng((seed, step, prompt, sample)).random(count, np.float32)
 
 
 def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tensor:
@@ -801,45 +704,26 @@ def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0, top_k: int = 0) -
 
 
 class Decoding:
-    """A batch being sampled. Its tensors are allocated before the first step and only written in place; `rows` are
-    the numbers of the rows still in the batch. Row r continues prompt r // group; all entries behind a row's length
-    mean nothing; rows not finished were cut off. logprobs are those of the sampled tokens at the sampling
-    temperature, before top-p and top-k.
+    """A batch being sampled: tensors that are allocated before the first step and only written in place.
+
+    What lies behind a row's length means nothing; a row that is not finished was cut off. logprobs are those of the
+    sampled tokens at the sampling temperature, before top-p and top-k. `rows` are the rows still in the batch.
     """
 
     def __init__(
-        self,
-        model: "Model",
-        cache: Cache,
-        uniforms: Tensor,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        min_tokens=0,
-    ):
+        self, model: Model, cache: Cache, uniforms: Tensor,
+        temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_tokens: int = 0,
+    ):  # fmt: skip
         (B, N), device = uniforms.shape, cache.lengths.device
-        self.cache, self.temperature, self.top_p, self.top_k, self.min_tokens = (
-            cache,
-            temperature,
-            top_p,
-            top_k,
-            min_tokens,
-        )
-        self.uniforms = uniforms.to(
-            device, torch.promote_types(cache.keys.dtype, torch.float32)
-        )  # (B, N) in [0, 1)
+        self.temperature, self.top_p, self.top_k, self.min_tokens = temperature, top_p, top_k, min_tokens
+        self.cache = cache
+        self.uniforms = uniforms.to(device, torch.promote_types(cache.keys.dtype, torch.float32))  # (B, N) in [0, 1)
         self.tokens = torch.zeros(B, N, dtype=torch.long, device=device)
         self.logprobs = torch.zeros_like(self.uniforms)  # (B, N)
-        self.lengths = torch.zeros(
-            B, dtype=torch.long, device=device
-        )  # tokens sampled, the end token included
-        self.finished = torch.zeros(
-            B, dtype=torch.bool, device=device
-        )  # ended by an end token or a stop string
+        self.lengths = torch.zeros(B, dtype=torch.long, device=device)  # tokens sampled, the end token included
+        self.finished = torch.zeros(B, dtype=torch.bool, device=device)  # ended by an end token or a stop string
         self.rows = torch.arange(B, device=device)
-        self.last = torch.zeros(
-            B, 1, dtype=torch.long, device=device
-        )  # the newest token of each row in the batch
+        self.last = torch.zeros(B, 1, dtype=torch.long, device=device)  # the newest token of each row in the batch
         self.step = torch.zeros(1, dtype=torch.long, device=device)
         self.eos = torch.tensor(model.eos_ids, dtype=torch.long, device=device)
 
@@ -850,8 +734,8 @@ class Decoding:
         self.cache.select(alive)
 
 
-def prefill(model: "Model", prompts: list[list[int]], capacity: int) -> tuple[Cache, Tensor]:
-    """Run the prompts, padded on the right: a cache with room for `capacity` positions, the last hidden states (P, C)."""
+def prefill(model: Model, prompts: list[list[int]], capacity: int) -> tuple[Cache, Tensor]:
+    """Run the prompts, padded on the right: a cache of `capacity` positions, and the last hidden states (P, C)."""
     device, longest = model.lm_head.weight.device, max(map(len, prompts))
     tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)  # (P, T)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -870,17 +754,16 @@ def emit(s: Decoding, logits: Tensor) -> None:
         token = draw(logits, s.uniforms[s.rows, s.step][:, None], s.top_p, s.top_k)  # (B, 1)
     else:
         token = logits.argmax(-1, keepdim=True)
+    logprob = logits.gather(1, token) - logits.logsumexp(-1, keepdim=True)  # (B, 1)
     s.last.copy_(token)
     s.tokens[s.rows, s.step] = token[:, 0]
-    s.logprobs[s.rows, s.step] = (logits.gather(1, token) - logits.logsumexp(-1, keepdim=True))[:, 0].to(
-        s.logprobs.dtype
-    )
+    s.logprobs[s.rows, s.step] = logprob[:, 0].to(s.logprobs.dtype)
     s.lengths[s.rows] += ~s.finished[s.rows]
     s.finished[s.rows] |= (token == s.eos).any(-1)
     s.step += 1
 
 
-def decode_step(model: "Model", s: Decoding) -> None:
+def decode_step(model: Model, s: Decoding) -> None:
     """One more token for every row of the batch."""
     emit(s, model.logits(model(s.last, cache=s.cache)[:, 0], s.temperature or 1.0))
 
@@ -894,10 +777,7 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as error:
-        print(
-            f"note: CUDA graph capture failed ({str(error).splitlines()[0]}); decoding goes on eagerly",
-            flush=True,
-        )
+        print(f"note: CUDA graph capture failed ({str(error).splitlines()[0]}); decoding eagerly", flush=True)
         return step
     return graph.replay
 
@@ -915,20 +795,17 @@ def cut_at_stop(s: Decoding, done: int, tokenizer: Tokenizer, stop: tuple[str, .
 
 @torch.inference_mode()
 def generate(
-    model: "Model", prompts: list[list[int]], uniforms: Tensor, temperature: float = 1.0, top_p: float = 1.0,
+    model: Model, prompts: list[list[int]], uniforms: Tensor, temperature: float = 1.0, top_p: float = 1.0,
     top_k: int = 0, min_tokens: int = 0, stop: tuple[str, ...] = (), tokenizer: Tokenizer | None = None,
 ) -> Decoding:  # fmt: skip
-    """Continue each prompt len(uniforms) // len(prompts) times by at most uniforms.shape[1] tokens; temperature 0 is
-    greedy. Returns tokens (B, N), lengths (B,), finished (B,) and logprobs (B, N) on the CPU, see Decoding.
+    """Continue each of P prompts B / P times by at most N tokens, with uniforms (B, N), rows of a prompt together;
+    temperature 0 is greedy. Returns tokens (B, N), lengths (B,), finished (B,), logprobs (B, N) on the CPU.
 
     Each prompt runs through the model once, and its group shares the cache. On the CPU finished rows leave the
     batch; elsewhere the step keeps its shapes, and the stop flags are read every CHECK_EVERY tokens.
     """
-    device, (rows, steps), longest = (
-        model.lm_head.weight.device,
-        uniforms.shape,
-        max(map(len, prompts), default=0),
-    )
+    (rows, steps), longest = uniforms.shape, max(map(len, prompts))
+    device = model.lm_head.weight.device
     on_cpu = device.type == "cpu"
     cache, hidden = prefill(model, prompts, longest + steps)
     group = torch.arange(len(prompts), device=device).repeat_interleave(rows // len(prompts))
@@ -953,9 +830,7 @@ def generate(
             emit(s, model.logits(hidden, temperature or 1.0)[group])
     if stop and steps:
         cut_at_stop(s, steps, tokenizer, stop)
-    s.tokens, s.lengths, s.finished, s.logprobs = (
-        t.cpu() for t in (s.tokens, s.lengths, s.finished, s.logprobs)
-    )
+    s.tokens, s.lengths, s.finished, s.logprobs = (t.cpu() for t in (s.tokens, s.lengths, s.finished, s.logprobs))
     return s
 
 
@@ -984,9 +859,7 @@ def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-def head_logprobs(
-    model: "Model", hidden: Tensor, chosen: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def head_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(N,) log-probability of `chosen` and (N,) entropy, from hidden states (N, C)."""
     logits = model.logits(hidden, temperature)  # (N, V)
     logprobs = logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
@@ -996,7 +869,7 @@ def head_logprobs(
 
 
 def completion_logprobs(
-    model: "Model", tokens: Tensor, mask: Tensor, temperature: float = 1.0, chunk: int = 2**26
+    model: Model, tokens: Tensor, mask: Tensor, temperature: float = 1.0, chunk: int = 2**26
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens[:, 1:] and entropies of their distributions, both (B, T-1), 0 where mask is 0.
 
@@ -1037,7 +910,7 @@ class Completion:
 class Prompter:
     """Problems to prompt ids: compact for the tiny tokenizer, else plain text, or the model's chat template."""
 
-    def __init__(self, model: "Model", task, chat: bool):
+    def __init__(self, model: Model, task, chat: bool):
         self.task, self.tokenizer, self.end = task, load_tokenizer(model.folder), model.eos_ids[:1]
         self.style = "compact" if model.is_tiny else "chat" if chat else "text"
         self.stop = ("</answer>", "\nUser:") if self.style == "text" else ()
@@ -1074,7 +947,7 @@ class Prompter:
 
 
 def rollout(
-    model: "Model", prompter: Prompter, numbered: list[tuple[int, dict]], group_size: int, max_new_tokens: int,
+    model: Model, prompter: Prompter, numbered: list[tuple[int, dict]], group_size: int, max_new_tokens: int,
     stream: tuple[int, int], temperature: float, max_rows: int = 512, **score_options,
 ) -> list[Completion]:  # fmt: skip
     """Sample `group_size` completions of each (number, problem) and score them; groups are contiguous.
@@ -1097,7 +970,7 @@ def rollout(
     return done
 
 
-def evaluate(run: "Run", model: "Model", prompter: Prompter, step: int) -> dict[str, float]:
+def evaluate(run: "Run", model: Model, prompter: Prompter, step: int) -> dict[str, float]:
     """Log and return the held-out accuracy over eval_problems x eval_samples completions. The random numbers are
     those of stream 0 every time, so two evaluations are paired. `_se` is the standard error over problems.
     """
@@ -1107,16 +980,11 @@ def evaluate(run: "Run", model: "Model", prompter: Prompter, step: int) -> dict[
     problems = list(enumerate(heldout(prompter.task, cfg.eval_problems)))[run.rank :: run.world]
     mine = rollout(model, prompter, problems, k, cfg.max_new_tokens, (cfg.seed, 0), cfg.temperature)
     done = [c for part in run.gather(mine) for c in part]
-    counts = [
-        sum(c.score["correct"] for c in done[i : i + k]) for i in range(0, len(done), k)
-    ]  # right, per problem
+    counts = [sum(c.score["correct"] for c in done[i : i + k]) for i in range(0, len(done), k)]  # right, per problem
     error = float(np.std(counts, ddof=len(counts) > 1)) / k / math.sqrt(len(counts))
     metrics = {"accuracy": sum(counts) / len(done), "accuracy_se": error}
     metrics |= {f"pass@{2**i}": mean(pass_at_k(k, c, 2**i) for c in counts) for i in range(k.bit_length())}
-    metrics |= {
-        "format": mean(c.score["format"] for c in done),
-        "clipped_ratio": mean(not c.finished for c in done),
-    }
+    metrics |= {"format": mean(c.score["format"] for c in done), "clipped_ratio": mean(not c.finished for c in done)}
     metrics["completion_length"] = mean(len(c.tokens) for c in done)
     details = [prompter.describe(c) for c in done]
     metrics |= {name: mean(d[name] for d in details) for name in details[0]}
@@ -1150,26 +1018,20 @@ class Run:
         self.cfg, self.started, self.signal, self.skipped = cfg, time.time(), 0, 0
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        if name != "cpu" and not getattr(torch, name).is_available():
-            raise BadInput(f"--device {name}: there is none here; leave the flag out")
+        there = name == "cpu" or getattr(torch, name).is_available()
+        need(there, f"--device {name}: there is none here; leave the flag out")
         self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
         if name == "cuda":
             torch.cuda.set_device(self.device)
         wide = name != "cuda" or not torch.cuda.is_bf16_supported()
         self.dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "float32" if wide else "bfloat16")
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group(
-                "nccl" if name == "cuda" else "gloo", timeout=timedelta(minutes=cfg.timeout)
-            )
+            dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(minutes=cfg.timeout))
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self.on_signal)
         if cfg.check:  # the whole way once, as small as it goes
-            cfg.steps, cfg.eval_problems, cfg.eval_samples = (
-                1,
-                min(cfg.eval_problems, 2),
-                min(cfg.eval_samples, 2),
-            )
+            cfg.steps, cfg.eval_problems, cfg.eval_samples = 1, min(cfg.eval_problems, 2), min(cfg.eval_samples, 2)
 
     def on_signal(self, number: int, frame) -> None:
         if self.signal:  # the second one: leave at once
@@ -1201,7 +1063,7 @@ class Run:
             tqdm.write(text)
             sys.stdout.flush()
 
-    def load(self, name: str) -> tuple["Model", "Model"]:
+    def load(self, name: str) -> tuple[Model, Model]:
         """The model to train, and the one to sample from: the same, or a copy in bfloat16 (see `refresh`)."""
         model = load_model(self.on_rank_0(lambda: resolve_model(name)), self.device)
         model.compute_dtype, model.checkpointing = self.dtype, num_parameters(model) > 100e6
@@ -1209,43 +1071,33 @@ class Run:
             return model, model
         return model, copy.deepcopy(model).to(self.dtype).requires_grad_(False)
 
-    def refresh(self, to: "Model", model: "Model") -> None:
+    def refresh(self, to: Model, model: Model) -> None:
         """Copy the trained weights into the sampling copy, in place, so that captured graphs stay valid."""
         if to is not model:
             with torch.no_grad():
                 torch._foreach_copy_(list(to.parameters()), list(model.parameters()))
 
-    def choose(self, model: "Model", by_size: dict[str, tuple]) -> dict:
-        """Set the flags whose 0 means "by model size": a value for under 10 M parameters, under 1 B, and above."""
+    def choose(self, model: Model, by_size: dict[str, tuple]) -> dict:
+        """Set the flags whose 0 means "by model size": for under 10 M parameters, under 1 B, and above."""
         column = (num_parameters(model) >= 10e6) + (num_parameters(model) >= 1e9)
         chosen = {name: values[column] for name, values in by_size.items() if not getattr(self.cfg, name)}
         for name, value in chosen.items():
             setattr(self.cfg, name, value)
         return chosen
 
-    def open(self, model: "Model", prompter: "Prompter", chosen: dict, batch: str) -> None:
+    def open(self, model: Model, prompter: Prompter, chosen: dict, batch: str) -> None:
         """Make the run folder, or take the one to resume; write run.json; say what is about to happen."""
         cfg = self.cfg
         self.folder = self.on_rank_0(self.find_folder)
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         if self.rank == 0 and not cfg.resume:
             about = {"script": Path(__file__).name, "command": " ".join(sys.argv), "config": asdict(cfg)}
-            about |= {
-                "chosen": chosen,
-                "device": str(self.device),
-                "dtype": str(self.dtype),
-                "ranks": self.world,
-            }
+            about |= {"chosen": chosen, "device": str(self.device), "dtype": str(self.dtype), "ranks": self.world}
             about["versions"] = {name: version(name) for name in ("torch", "tokenizers", "numpy")}
             write_atomically(self.folder / "run.json", json.dumps(about, indent=2))
             shutil.copyfile(__file__, self.folder / Path(__file__).name)
-        why = (
-            "as asked" if cfg.device != "auto" else "found" if self.device.type != "cpu" else "no CUDA device"
-        )
-        rows, example = (
-            cfg.batch_size // self.world,
-            prompter.text(prompter.task.problem("train", cfg.seed, 0)),
-        )
+        why = "as asked" if cfg.device != "auto" else "found" if self.device.type != "cpu" else "no CUDA device"
+        rows, example = cfg.batch_size // self.world, prompter.text(prompter.task.problem("train", cfg.seed, 0))
         plan = memory_plan(model, rows, cfg.max_new_tokens + 256, cfg.micro_batch_tokens, self.dtype)
         self.say(
             f"device {self.device} ({why}), products in {self.dtype}, {self.world} rank(s)\n"
@@ -1261,11 +1113,9 @@ class Run:
             return Path(self.cfg.resume or tempfile.mkdtemp())
         default = f"out/{Path(__file__).stem}-{self.cfg.task.partition(':')[0]}-{self.cfg.seed}"
         folder, number = Path(self.cfg.out or default), 2
-        if self.cfg.out and (folder / "run.json").exists():
-            at = "".join(f" at step {int(p.name[5:])}" for p in checkpoints(folder)[-1:])
-            raise BadInput(
-                f"{folder} holds a run{at}. Continue: --resume {folder}   New folder: --out {folder}-2"
-            )
+        at = "".join(f" at step {int(p.name[5:])}" for p in checkpoints(folder)[-1:])
+        ways = f"Continue: --resume {folder}   New folder: --out {folder}-2"
+        need(not self.cfg.out or not (folder / "run.json").exists(), f"{folder} holds a run{at}. {ways}")
         while not self.cfg.out and folder.exists():
             folder, number = Path(f"{default}-{number}"), number + 1
         try:
@@ -1287,33 +1137,21 @@ class Run:
             if self.bar.disable:
                 self.say(f"step {step}/{self.cfg.steps} {shown} {line['seconds']:.0f} s".replace("'", ""))
 
-    def keep_samples(
-        self, step: int, prompter: "Prompter", done: list["Completion"], advantages: list[float]
-    ) -> None:
+    def keep_samples(self, step: int, prompter: Prompter, done: list[Completion], advantages: list) -> None:
         """Append completions, token by token, to samples.jsonl, up to 20 MB in a run."""
         if self.rank or self.samples.exists() and self.samples.stat().st_size > 20e6:
             return
         with self.samples.open("a", encoding="utf-8") as file:
             for c, advantage in zip(done, advantages, strict=True):
-                line = {
-                    "step": step,
-                    "group": c.number,
-                    "problem": c.problem,
-                    "prompt": prompter.decode(c.prompt),
-                }
-                line |= {
-                    "tokens": c.tokens,
-                    "pieces": [prompter.decode([i]) for i in c.tokens],
-                    "mask": [1] * len(c.tokens),
-                }
-                line |= {"logprobs": [round(p, 4) for p in c.logprobs], "rewards": c.score}
-                file.write(
-                    json.dumps(line | {"advantage": round(advantage, 4), "truncated": not c.finished}) + "\n"
-                )
+                line = {"step": step, "group": c.number, "problem": c.problem, "prompt": prompter.decode(c.prompt)}
+                line |= {"tokens": c.tokens, "pieces": [prompter.decode([i]) for i in c.tokens]}
+                line |= {"mask": [1] * len(c.tokens), "logprobs": [round(p, 4) for p in c.logprobs]}
+                line["rewards"] = c.score
+                file.write(json.dumps(line | {"advantage": round(advantage, 4), "truncated": not c.finished}) + "\n")
 
-    def update(self, model: "Model", optimizer: torch.optim.Optimizer, lr: float, clip: float = 1.0) -> float:
-        """Sum the gradients over the ranks, clip, step; their norm before clipping. Where that is not finite, it is so
-        on all ranks: the step is skipped, and five in a row stop the run.
+    def update(self, model: Model, optimizer: torch.optim.Optimizer, lr: float, clip: float = 1.0) -> float:
+        """Sum the gradients over the ranks, clip, step; their norm before clipping. Where that is not finite, it is
+        so on all ranks: the step is skipped, and five in a row stop the run.
         """
         for weight in model.parameters():
             if weight.grad is None:
@@ -1327,17 +1165,14 @@ class Run:
                 group["lr"] = lr
             optimizer.step()
         else:
-            self.say(
-                f"note: gradient not finite; update skipped on all ranks ({self.skipped} in a row, 5 stop the run)"
-            )
+            count = f"{self.skipped} in a row, 5 stop the run"
+            self.say(f"note: gradient not finite; update skipped on all ranks ({count})")
         optimizer.zero_grad(set_to_none=True)
         if self.skipped == 5:
-            raise FloatingPointError(
-                "the gradient was not finite five times in a row: lower --lr, look at samples.jsonl"
-            )
+            raise FloatingPointError("five gradients in a row were not finite: lower --lr, look at samples.jsonl")
         return norm
 
-    def after_step(self, step: int, model: "Model", optimizer: torch.optim.Optimizer, **extra) -> bool:
+    def after_step(self, step: int, model: Model, optimizer: torch.optim.Optimizer, **extra) -> bool:
         """Save where it is due; True on all ranks at once as soon as one of them got Ctrl-C or SIGTERM."""
         self.signal = max(self.gather(self.signal))
         due = self.cfg.save_every and step % self.cfg.save_every == 0
@@ -1345,19 +1180,15 @@ class Run:
             self.save(step, model, optimizer, **extra)
         return self.signal > 0 and step < self.cfg.steps
 
-    def save(
-        self, step: int, model: "Model", optimizer: torch.optim.Optimizer, keep: int = 2, **extra
-    ) -> None:
+    def save(self, step: int, model: Model, optimizer: torch.optim.Optimizer, keep: int = 2, **extra) -> None:
         """Write step-N, a Hugging Face folder with trainer.pt; it appears whole or not at all, then old ones go."""
         folder = self.folder / f"step-{step:06d}"
         if self.rank == 0:
             unfinished = folder.with_suffix(".tmp")
             shutil.rmtree(unfinished, ignore_errors=True)
             save_model(model, unfinished)
-            torch.save(
-                {"step": step, "world": self.world, "optimizer": optimizer.state_dict(), **extra},
-                unfinished / "trainer.pt",
-            )
+            state = {"step": step, "world": self.world, "optimizer": optimizer.state_dict(), **extra}
+            torch.save(state, unfinished / "trainer.pt")
             if folder.exists():
                 shutil.rmtree(folder)
             unfinished.rename(folder)
@@ -1365,18 +1196,16 @@ class Run:
                 shutil.rmtree(old)
         self.gather(0)  # all wait for the disk
 
-    def resume(self, model: "Model", optimizer: torch.optim.Optimizer) -> dict:
-        """Load the newest whole checkpoint into model and optimizer; what `save` wrote besides, with its "step". What
-        the logs hold beyond that step is dropped.
+    def resume(self, model: Model, optimizer: torch.optim.Optimizer) -> dict:
+        """Load the newest whole checkpoint into model and optimizer; returns what else `save` wrote, "step" among
+        it. What the logs hold beyond that step is dropped.
         """
         for folder in reversed(checkpoints(self.folder)):
             try:
                 saved = load_model(folder, self.device)
                 state = torch.load(folder / "trainer.pt", map_location=self.device, weights_only=True)
             except (BadInput, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                self.say(
-                    f"note: {folder} cannot be read ({str(error).splitlines()[0]}); taking the one before"
-                )
+                self.say(f"note: {folder} cannot be read ({str(error).splitlines()[0]}); taking the one before")
                 continue
             self.refresh(model, saved)
             optimizer.load_state_dict(state["optimizer"])
@@ -1384,27 +1213,22 @@ class Run:
                 self.say(f"note: a run of {state['world']} rank(s) goes on with {self.world}")
             for log in (self.metrics, self.samples) if self.rank == 0 else ():
                 lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-                kept = [
-                    line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state["step"]
-                ]
+                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state["step"]]
                 write_atomically(log, "".join(line + "\n" for line in kept))
             self.say(f"resumed from {folder}")
             return state
-        raise BadInput(
-            f"--resume {self.folder}: no checkpoint there can be read; start again without --resume"
-        )
+        raise BadInput(f"--resume {self.folder}: no checkpoint there can be read; start again without --resume")
 
     def interrupted(self, step: int) -> int:
         """Say how to go on; the exit code."""
         self.bar.close()
         name, script = signal.Signals(self.signal).name.replace("SIGINT", "Ctrl-C"), Path(__file__).name
         saved = self.folder / f"step-{step:06d}"
-        self.say(
-            f"{script}: stopped by {name} after step {step}; saved {saved}. Continue: python {script} --resume {self.folder}"
-        )
+        again = f"python {script} --resume {self.folder}"
+        self.say(f"{script}: stopped by {name} after step {step}; saved {saved}. Continue: {again}")
         return 128 + self.signal
 
-    def finish(self, model: "Model", prompter: "Prompter") -> int:
+    def finish(self, model: Model, prompter: Prompter) -> int:
         """Evaluate what came out and what it started from, print both, and where everything lies; the exit code."""
         after = evaluate(self, model, prompter, self.cfg.steps)
         start = load_model(model.folder, self.device).to(model.lm_head.weight.dtype)
@@ -1427,7 +1251,7 @@ class Run:
         return 0
 
 
-def num_parameters(model: "Model") -> int:
+def num_parameters(model: Model) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
@@ -1440,29 +1264,15 @@ def write_atomically(path: Path, text: str) -> None:
     path.with_name(path.name + ".tmp").replace(path)
 
 
-def memory_plan(
-    model: "Model", rows: int, capacity: int, micro_tokens: int, dtype: torch.dtype
-) -> dict[str, float]:
+def memory_plan(model: Model, rows: int, capacity: int, micro_tokens: int, dtype: torch.dtype) -> dict[str, float]:
     """GB of each large thing in a run: weights and optimizer in float32, the rest in `dtype`, logits in float32."""
-    c, weights, size, layers = (
-        model.config,
-        num_parameters(model),
-        dtype.itemsize,
-        model.config["num_hidden_layers"],
-    )
-    inside = (
-        14 * c["hidden_size"] + 4 * c["intermediate_size"]
-    )  # what one layer stores per token for its backward
+    c, weights, size, layers = model.config, num_parameters(model), dtype.itemsize, model.config["num_hidden_layers"]
+    inside = 14 * c["hidden_size"] + 4 * c["intermediate_size"]  # what one layer stores per token for its backward
     kept = layers * c["hidden_size"] + inside if model.checkpointing else layers * inside
     plan = {"weights, gradients, Adam": 16 * weights, "sampling copy": 0 if size == 4 else size * weights}
     plan["KV cache"] = 2 * layers * rows * c["num_key_value_heads"] * capacity * model.head_dim * size
-    plan["activations"], plan["logits"] = (
-        micro_tokens * kept * size,
-        12 * min(2**26, micro_tokens * c["vocab_size"]),
-    )
-    return {name: round(count / 1e9, 3) for name, count in plan.items()} | {
-        "all": round(sum(plan.values()) / 1e9, 2)
-    }
+    plan["activations"], plan["logits"] = micro_tokens * kept * size, 12 * min(2**26, micro_tokens * c["vocab_size"])
+    return {name: round(count / 1e9, 3) for name, count in plan.items()} | {"all": round(sum(plan.values()) / 1e9, 2)}
 
 
 def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
@@ -1478,15 +1288,10 @@ def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
     except BadInput as error:
         return fail(str(error), 2)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(
-            error
-        ):
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise
         what = str(error).splitlines()[0]
-        return fail(
-            f"out of memory ({what}): try half the --micro_batch_tokens or --batch_size; --check shows a plan",
-            1,
-        )
+        return fail(f"out of memory ({what}); try half of --micro_batch_tokens; --check prints a plan", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1500,64 +1305,47 @@ def parse_config(config: type, argv: list[str] | None = None):
     """The command line as an instance of the dataclass `config`, one flag per field. --resume brings the settings of
     that run, which flags given beside it override. Raises BadInput for anything it does not understand.
     """
-    script, names, argv = (
-        Path(__file__).name,
-        {f.name: f for f in fields(config)},
-        sys.argv[1:] if argv is None else argv,
-    )
+    script, flags = Path(__file__).name, {f.name: f for f in fields(config)}
+    argv = sys.argv[1:] if argv is None else argv
 
     def complain(message: str) -> None:
         raise BadInput(f"{message}; python {script} --help lists all flags")
 
-    examples = f"examples:\n  python {script}\n  python {script} --model Qwen2.5-1.5B --task countdown\n"
+    epilog = f"examples:\n  python {script}\n  python {script} --model Qwen2.5-1.5B --task countdown\n"
+    epilog += f"short model names: {', '.join(SHORT_NAMES)}"
+    layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        script, description=__doc__, epilog=f"{examples}short model names: {', '.join(SHORT_NAMES)}",
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        script, description=__doc__, epilog=epilog, allow_abbrev=False, formatter_class=layout
+    )
     parser.error = complain
-    for name, f in names.items():
-        text = f"{f.metadata['help']} (default: {f.default if f.default != '' else 'none'})".replace(
-            "%", "%%"
-        )
-        kind = {
-            "type": type(f.default),
-            "choices": get_args(f.type) or None,
-            "metavar": get_args(f.type) and None or name[0].upper(),
-        }
-        if isinstance(f.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
+    for name, f in flags.items():
+        text = f"{f.metadata['help']} (default: {f.default if f.default != '' else 'none'})".replace("%", "%%")
+        kind = {"type": type(f.default), "choices": get_args(f.type) or None}
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else kind
         parser.add_argument(f"--{name}", default=f.default, help=text, **kind)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        words = {name: name for name in names} | {
-            f.metadata["help"].split(",")[0].replace(" ", "_"): n for n, f in names.items()
-        }
+        words = {f.metadata["help"].split(",")[0].replace(" ", "_"): name for name, f in flags.items()}
+        words |= {name: name for name in flags}
         close = get_close_matches(unknown[0].lstrip("-").split("=")[0], words, n=1)
-        raise BadInput(
-            f"unknown flag {unknown[0]}"
-            + (f"; did you mean --{words[close[0]]}?" if close else "; see --help")
-        )
+        hint = f"did you mean --{words[close[0]]}?" if close else "see --help"
+        raise BadInput(f"unknown flag {unknown[0]}; {hint}")
     if given.resume:
-        if given.resume == "auto":
-            runs = sorted(
-                Path("out").glob(f"{Path(script).stem}-*/run.json"), key=lambda path: path.stat().st_mtime
-            )
-            given.resume = str(runs[-1].parent) if runs else "auto"
-        if not (Path(given.resume) / "run.json").is_file():
-            raise BadInput(f"--resume {given.resume}: no run.json there; name the folder of a run")
-        saved = read_json(Path(given.resume) / "run.json")["config"]
+        runs = Path("out").glob(f"{Path(script).stem}-*/run.json")
+        newest = max(runs, key=lambda path: path.stat().st_mtime, default=Path("auto/run.json"))
+        folder = newest.parent if given.resume == "auto" else Path(given.resume)
+        need((folder / "run.json").is_file(), f"--resume {folder}: no run.json there; name the folder of a run")
+        saved = read_json(folder / "run.json")["config"]
         parser.set_defaults(**saved)
-        given = argparse.Namespace(**vars(parser.parse_args(argv)) | {"resume": given.resume, "out": ""})
-        changed = [
-            n for n in ("model", "task", "seed", "group_size") if n in names and getattr(given, n) != saved[n]
-        ]
-        if changed:
-            differ = "; ".join(f"--{n} is {saved[n]} there, {getattr(given, n)} here" for n in changed)
-            raise BadInput(f"--resume {given.resume} is another run: {differ}; leave out what differs")
-    for name, f in names.items():
+        given = parser.parse_args(argv)
+        given.resume, given.out = str(folder), ""
+        names = [n for n in ("model", "task", "seed", "group_size") if n in flags]
+        differ = [f"--{n} {saved[n]} there, {getattr(given, n)} here" for n in names if getattr(given, n) != saved[n]]
+        need(not differ, f"--resume {folder} is another run ({'; '.join(differ)}); leave out what differs")
+    for name, f in flags.items():
         value, least = getattr(given, name), f.metadata["least"]
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            raise BadInput(f"--{name} {value}: at least {least} is needed")
+        good = not isinstance(value, (int, float)) or least <= value < math.inf
+        need(good, f"--{name} {value}: a number of at least {least} is needed")
     return config(**vars(given))
 
 

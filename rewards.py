@@ -384,7 +384,7 @@ class Countdown:
     def trace(self, problem: dict, rng: random.Random) -> str:
         """A search in words: one try a line, then the answer, which repeats the last try.
 
-        A try is the whole expression, its steps, and its value against the target. Some traces give up on a miss.
+        A try is the whole expression, its steps, and its value against the target. Some traces end on a miss.
         """
         target, numbers = problem["target"], tuple(sorted(problem["numbers"]))
         attempts = countdown_attempts(numbers, self.operators, 99)  # numbers up to 99 are single tokens
@@ -545,7 +545,7 @@ def split_of(key: str) -> str:
 
 
 def read_problems(path: str, field: str, scorer: Callable) -> list[dict]:
-    """{"question", "answer"} of each line of a JSONL file with `field` and `answer`; the scorer can read all."""
+    """{"question", "answer"} of each line of a JSONL file with `field` and `answer`, all scorable."""
     if not path:
         raise BadInput(f"this task reads a file: give --data FILE.jsonl with fields {field}, answer")
     try:
