@@ -97,7 +97,7 @@ class Config:
     temperature: float = flag(1.0, "sampling temperature, also in the loss", 0.01)
     dynamic_sampling: int = flag(0, "draw up to this many more batches for groups with signal (DAPO), 0 = off")
     micro_batch_tokens: int = flag(0, "padded tokens per forward pass, 0 = by model size")
-    steps: int = flag(40, "rollouts", 1)
+    steps: int = flag(40, "rollouts, 0 = only evaluate")
     updates: int = flag(1, "optimizer steps per rollout, each on its own part of the batch", 1)
     lr: float = flag(0.0, "learning rate, 0 = by model size")
     warmup_steps: int = flag(5, "steps of linear warm-up; constant afterwards")
@@ -232,6 +232,8 @@ def sample_batch(run: "Run", sampler: "Model", prompter: "Prompter", step: int, 
         options = {"temperature": cfg.temperature, "format_weight": cfg.format_weight}
         parts = run.gather(rollout(sampler, prompter, mine, cfg.group_size, limit, (cfg.seed, step), **options))
         done = sorted((c for part in parts for c in part), key=lambda c: c.number)  # groups stay contiguous
+        for c in done:
+            c.reward = reward_of(c, cfg, limit)
         for group in in_groups(done, cfg.group_size):
             if not cfg.dynamic_sampling or 0 < sum(c.score["correct"] for c in group) < cfg.group_size:
                 kept += group
@@ -246,21 +248,22 @@ def in_groups(values: list, size: int) -> list[list]:
 
 
 def describe_batch(done: list["Completion"], group_size: int, prompter: "Prompter") -> dict[str, float]:
-    """What was sampled, in numbers: accuracy, lengths overall and by outcome, groups without signal, reflection."""
-    metrics = {
-        "accuracy": mean(c.score["correct"] for c in done),
-        "reward/format": mean(c.score["format"] for c in done),
-    }
+    """What was sampled, in numbers: rewards, lengths overall and by outcome, groups without signal, reflection."""
+    metrics = {"reward": mean(c.reward for c in done), "reward_std": float(np.std([c.reward for c in done], ddof=1))}
     metrics |= {
-        "completion_length": mean(len(c.tokens) for c in done),
-        "clipped_ratio": mean(not c.finished for c in done),
+        "reward/format": mean(c.score["format"] for c in done),
+        "accuracy": mean(c.score["correct"] for c in done),
     }
+    metrics |= {"tokens": sum(len(c.tokens) for c in done), "clipped_ratio": mean(not c.finished for c in done)}
+    metrics["completion_length"] = metrics["tokens"] / len(done)
     for name, outcome in (("correct", True), ("wrong", False)):
         some = [c for c in done if c.score["correct"] == outcome]
         metrics[f"completion_length/{name}"] = mean(len(c.tokens) for c in some)
         metrics[f"reflections/{name}"] = mean(reflection_count(c.text) for c in some)
-    rights = [sum(c.score["correct"] for c in group) for group in in_groups(done, group_size)]
-    metrics |= {"frac_all_right": mean(n == group_size for n in rights), "frac_all_wrong": mean(n == 0 for n in rights)}
+    groups = in_groups(done, group_size)
+    metrics["frac_reward_zero_std"] = mean(len({round(c.reward, 8) for c in group}) == 1 for group in groups)
+    metrics["frac_all_right"] = mean(all(c.score["correct"] for c in group) for group in groups)
+    metrics["frac_all_wrong"] = mean(not any(c.score["correct"] for c in group) for group in groups)
     details = [prompter.describe(c) for c in done]
     return metrics | {name: mean(d[name] for d in details) for name in details[0]}
 
@@ -291,7 +294,7 @@ def update_policy(
     mine = [rows[run.rank :: run.world] for rows in longest_first]
     if cfg.updates > 1:  # pi_old of eq. 2, noted before the first update moves pi
         with torch.no_grad():
-            for rows, tokens, mask in training_batches(run, done, [i for rows in mine for i in rows]):
+            for rows, tokens, mask in training_batches(run, done, [i for share in mine for i in share]):
                 old |= zip(rows, completion_logprobs(model, tokens, mask, cfg.temperature)[0].tolist(), strict=True)
     for part, rows_of_all, rows_of_mine in zip(parts, longest_first, mine, strict=True):
         num_tokens = sum(len(done[i].tokens) for i in part if counted[i])  # N of eq. 4
@@ -314,8 +317,9 @@ def update_policy(
         if rows_of_all:  # without signal on any rank no step is taken: Adam would move on its momentum alone
             norms.append(run.update(model, optimizer, lr))
     totals = {name: sum(rank[name] for rank in run.gather(totals)) for name in totals}
-    means = {name: value / max(totals["tokens"], 1) for name, value in totals.items() if name not in ("tokens", "loss")}
-    return means | {"loss": totals["loss"], "grad_norm": mean(norms), "rows_trained": sum(signal)}
+    loss, tokens = totals.pop("loss"), max(totals.pop("tokens"), 1.0)
+    means = {name: total / tokens for name, total in totals.items()}
+    return means | {"loss": loss, "grad_norm": mean(norms), "rows_trained": sum(signal)}
 
 
 def train(cfg: Config) -> int:
@@ -341,7 +345,7 @@ def train(cfg: Config) -> int:
         limit = limit_at(step, cfg.length_schedule, cfg.max_new_tokens)
         every, batch, drawn = sample_batch(run, sampler, prompter, step, drawn, limit)
         sampled = time.time()
-        rewards = torch.tensor([reward_of(c, cfg, limit) for c in batch], dtype=torch.float64)  # (B,)
+        rewards = torch.tensor([c.reward for c in batch], dtype=torch.float64)  # (B,)
         advantages = group_advantages(rewards, cfg.group_size, cfg.advantage).tolist() if batch else []
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
         metrics = describe_batch(every, cfg.group_size, prompter)
@@ -350,15 +354,8 @@ def train(cfg: Config) -> int:
         if reference is not None and cfg.ref_every and step % cfg.ref_every == 0:
             run.refresh(reference, model)
 
-        ended, tokens, groups = (
-            time.time(),
-            sum(len(c.tokens) for c in every),
-            in_groups(rewards.tolist(), cfg.group_size),
-        )
-        metrics |= {"reward": mean(rewards.tolist()), "reward_std": mean([float(rewards.std())] if len(batch) else [])}
-        metrics |= {"frac_reward_zero_std": mean(max(g) - min(g) <= 1e-8 for g in groups), "lr": lr, "tokens": tokens}
-        metrics |= {"prompts": drawn, "tokens_per_s": tokens / (ended - began)}
-        metrics |= {"seconds_sample": sampled - began, "seconds_train": ended - sampled}
+        seconds = {"seconds_sample": sampled - began, "seconds_train": time.time() - sampled}
+        metrics |= {"lr": lr, "prompts": drawn, "tokens_per_s": metrics["tokens"] / sum(seconds.values()), **seconds}
         run.log(step, metrics, show=("reward", "accuracy", "completion_length", "entropy", "tokens_per_s"))
         run.keep_samples(step, prompter, batch[: 2 * cfg.group_size], advantages[: 2 * cfg.group_size])
         if step % 10 == 1 and batch:
@@ -905,6 +902,7 @@ class Completion:
     finished: bool  # ended by itself; else truncated
     text: str
     score: dict  # {"format", "answer", "correct", "total"}
+    reward: float = 0.0  # what the script makes of the score
 
 
 class Prompter:
@@ -961,6 +959,9 @@ def rollout(
         numbers = [row_uniforms(*stream, n, i % group_size, max_new_tokens) for i, (n, _) in enumerate(part)]
         uniforms = torch.from_numpy(np.stack(numbers))
         s = generate(model, prompts, uniforms, temperature, stop=prompter.stop, tokenizer=prompter.tokenizer)
+        bad = int((~s.logprobs.isfinite()).any(1).sum())
+        if bad:
+            raise FloatingPointError(f"step {stream[1]}: {bad} of {len(part)} rows met logits that are not finite")
         for row, (number, problem) in enumerate(part):
             tokens, logprobs = (t[row, : s.lengths[row]].tolist() for t in (s.tokens, s.logprobs))
             text = prompter.decode(tokens[:-1] if tokens and tokens[-1] in model.eos_ids else tokens)
@@ -1046,13 +1047,11 @@ class Run:
         return values
 
     def on_rank_0(self, function: Callable):
-        """Its result on rank 0, or its BadInput, on every rank."""
-        result = None
-        if self.rank == 0:
-            try:
-                result = function()
-            except BadInput as error:
-                result = error
+        """Its result on rank 0, or its BadInput, on every rank; the others wait."""
+        try:
+            result = function() if self.rank == 0 else None
+        except BadInput as error:
+            result = error
         result = self.gather(result)[0]
         if isinstance(result, BadInput):
             raise result
@@ -1065,7 +1064,8 @@ class Run:
 
     def load(self, name: str) -> tuple[Model, Model]:
         """The model to train, and the one to sample from: the same, or a copy in bfloat16 (see `refresh`)."""
-        model = load_model(self.on_rank_0(lambda: resolve_model(name)), self.device)
+        self.on_rank_0(lambda: resolve_model(name))  # one downloads, then all find it in the cache
+        model = load_model(resolve_model(name), self.device)
         model.compute_dtype, model.checkpointing = self.dtype, num_parameters(model) > 100e6
         if self.dtype == torch.float32:
             return model, model
@@ -1230,10 +1230,12 @@ class Run:
 
     def finish(self, model: Model, prompter: Prompter) -> int:
         """Evaluate what came out and what it started from, print both, and where everything lies; the exit code."""
-        after = evaluate(self, model, prompter, self.cfg.steps)
-        start = load_model(model.folder, self.device).to(model.lm_head.weight.dtype)
-        start.compute_dtype = model.compute_dtype
-        before, script = evaluate(self, start, prompter, 0), Path(__file__).name
+        after, script = evaluate(self, model, prompter, self.cfg.steps), Path(__file__).name
+        before = after
+        if self.cfg.steps:  # --steps 0 only evaluates
+            start = load_model(model.folder, self.device).to(model.lm_head.weight.dtype)
+            start.compute_dtype = model.compute_dtype
+            before = evaluate(self, start, prompter, 0)
         self.bar.close()
         if self.cfg.check:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -1244,7 +1246,7 @@ class Run:
                 errors = [f" +- {m[name + '_se']:.3f}" if name + "_se" in m else "" for m in (before, after)]
                 self.say(f"{name:28}{before[name]:8.3f}{errors[0]} -> {value:8.3f}{errors[1]}")
         self.say(
-            f"model   {checkpoints(self.folder)[-1]}\nlog     {self.metrics}, {self.samples}\n"
+            f"model   {(checkpoints(self.folder) or [model.folder])[-1]}\nlog     {self.metrics}, {self.samples}\n"
             f"go on   python {script} --resume {self.folder} --steps {2 * self.cfg.steps}\n"
             f"report  python docs/report.py {self.folder}"
         )

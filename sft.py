@@ -81,7 +81,7 @@ class Config:
     temperature: float = flag(1.0, "sampling temperature in evaluations, 0 = greedy")
     batch_size: int = flag(0, "sequences per step over all ranks, 0 = by model size")
     micro_batch_tokens: int = flag(0, "padded tokens per forward pass, 0 = by model size")
-    steps: int = flag(250, "optimizer steps")
+    steps: int = flag(250, "optimizer steps, 0 = only evaluate")
     lr: float = flag(0.0, "learning rate, 0 = by model size")
     warmup_steps: int = flag(50, "steps of linear warm-up; a cosine to 0 follows")
     weight_decay: float = flag(0.1, "AdamW weight decay of the matrices")
@@ -816,6 +816,7 @@ class Completion:
     finished: bool  # ended by itself; else truncated
     text: str
     score: dict  # {"format", "answer", "correct", "total"}
+    reward: float = 0.0  # what the script makes of the score
 
 
 class Prompter:
@@ -872,6 +873,9 @@ def rollout(
         numbers = [row_uniforms(*stream, n, i % group_size, max_new_tokens) for i, (n, _) in enumerate(part)]
         uniforms = torch.from_numpy(np.stack(numbers))
         s = generate(model, prompts, uniforms, temperature, stop=prompter.stop, tokenizer=prompter.tokenizer)
+        bad = int((~s.logprobs.isfinite()).any(1).sum())
+        if bad:
+            raise FloatingPointError(f"step {stream[1]}: {bad} of {len(part)} rows met logits that are not finite")
         for row, (number, problem) in enumerate(part):
             tokens, logprobs = (t[row, : s.lengths[row]].tolist() for t in (s.tokens, s.logprobs))
             text = prompter.decode(tokens[:-1] if tokens and tokens[-1] in model.eos_ids else tokens)
@@ -957,13 +961,11 @@ class Run:
         return values
 
     def on_rank_0(self, function: Callable):
-        """Its result on rank 0, or its BadInput, on every rank."""
-        result = None
-        if self.rank == 0:
-            try:
-                result = function()
-            except BadInput as error:
-                result = error
+        """Its result on rank 0, or its BadInput, on every rank; the others wait."""
+        try:
+            result = function() if self.rank == 0 else None
+        except BadInput as error:
+            result = error
         result = self.gather(result)[0]
         if isinstance(result, BadInput):
             raise result
@@ -976,7 +978,8 @@ class Run:
 
     def load(self, name: str) -> tuple[Model, Model]:
         """The model to train, and the one to sample from: the same, or a copy in bfloat16 (see `refresh`)."""
-        model = load_model(self.on_rank_0(lambda: resolve_model(name)), self.device)
+        self.on_rank_0(lambda: resolve_model(name))  # one downloads, then all find it in the cache
+        model = load_model(resolve_model(name), self.device)
         model.compute_dtype, model.checkpointing = self.dtype, num_parameters(model) > 100e6
         if self.dtype == torch.float32:
             return model, model
@@ -1141,10 +1144,12 @@ class Run:
 
     def finish(self, model: Model, prompter: Prompter) -> int:
         """Evaluate what came out and what it started from, print both, and where everything lies; the exit code."""
-        after = evaluate(self, model, prompter, self.cfg.steps)
-        start = load_model(model.folder, self.device).to(model.lm_head.weight.dtype)
-        start.compute_dtype = model.compute_dtype
-        before, script = evaluate(self, start, prompter, 0), Path(__file__).name
+        after, script = evaluate(self, model, prompter, self.cfg.steps), Path(__file__).name
+        before = after
+        if self.cfg.steps:  # --steps 0 only evaluates
+            start = load_model(model.folder, self.device).to(model.lm_head.weight.dtype)
+            start.compute_dtype = model.compute_dtype
+            before = evaluate(self, start, prompter, 0)
         self.bar.close()
         if self.cfg.check:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -1155,7 +1160,7 @@ class Run:
                 errors = [f" +- {m[name + '_se']:.3f}" if name + "_se" in m else "" for m in (before, after)]
                 self.say(f"{name:28}{before[name]:8.3f}{errors[0]} -> {value:8.3f}{errors[1]}")
         self.say(
-            f"model   {checkpoints(self.folder)[-1]}\nlog     {self.metrics}, {self.samples}\n"
+            f"model   {(checkpoints(self.folder) or [model.folder])[-1]}\nlog     {self.metrics}, {self.samples}\n"
             f"go on   python {script} --resume {self.folder} --steps {2 * self.cfg.steps}\n"
             f"report  python docs/report.py {self.folder}"
         )

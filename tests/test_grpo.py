@@ -289,7 +289,7 @@ def test_dynamic_sampling_fills_the_batch_with_mixed_groups(monkeypatch):
             rights = [True, False] if n % 3 == 0 else [n % 3 == 1] * 2
             for right in rights:
                 found.append(completion(None, n, [1]))
-                found[-1].score = {"correct": right}
+                found[-1].score = {"correct": right, "total": float(right)}
         return found
 
     monkeypatch.setattr(grpo, "rollout", fake_rollout)

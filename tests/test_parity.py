@@ -368,7 +368,7 @@ def test_mask_per_row(exact):
     close(out[1, 1:], exact(tokens[1:, 1:], positions=torch.arange(1, 6)[None])[0])
 
 
-# ------------------------------------------------------------------------------------------------- folders that are wrong
+# ----------------------------------------------------------------------------------------------- folders that are wrong
 
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -554,7 +554,7 @@ def test_save_over_the_own_folder(copy_of):
     assert grpo.load_tokenizer(folder).get_vocab_size() == V
 
 
-# ------------------------------------------------------------------------------------------------- a real model
+# --------------------------------------------------------------------------------------------------------- a real model
 
 
 smollm2 = pytest.mark.skipif(

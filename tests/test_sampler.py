@@ -1,4 +1,4 @@
-"""The sampler and the log-probabilities of grpo.py: batch invariance, exact distributions, ends, the same masked logits.
+"""The sampler and the log-probabilities of grpo.py: batch invariance, exact distributions, ends, masked logits.
 
 Most tests run a random model in float64, where a completion has to be the same token by token however it is batched.
 """
@@ -63,7 +63,7 @@ def next_logits(model, tokens):
         return model.logits(model(torch.tensor([tokens])))[0, -1]
 
 
-# ------------------------------------------------------------------------------------------------- the same whatever the batch
+# ------------------------------------------------------------------------------------------ the same whatever the batch
 
 OPTIONS = {
     "plain": {},
@@ -129,7 +129,7 @@ def test_float32_differs_only_on_a_step_of_the_cdf():
     assert same > 60  # of 72
 
 
-# ------------------------------------------------------------------------------------------------- distributions
+# -------------------------------------------------------------------------------------------------------- distributions
 
 
 def chi_square_limit(freedom, z=3.7):
@@ -208,7 +208,10 @@ def test_the_test_sees_a_wrong_distribution(asked, setting):
     assert not agrees(drawn(**setting), target(LOGITS, **asked))
 
 
-@pytest.mark.parametrize("setting", [{}, {"temperature": 0.7}, {"temperature": 1.4, "top_p": 0.95}, {"top_k": 3}], ids=str)
+JOINT = [{}, {"temperature": 0.7}, {"temperature": 1.4, "top_p": 0.95}, {"top_k": 3}]
+
+
+@pytest.mark.parametrize("setting", JOINT, ids=str)
 def test_generate_has_the_right_joint_distribution(setting):
     """Three tokens of 20000 rows of one prompt, against every sequence enumerated; token 4 ends a row."""
     model, prompt, count = make_model(vocab=6, eos=(4,), banned=(5,), seed=3), [1, 2, 0], 20000
@@ -226,7 +229,8 @@ def test_generate_has_the_right_joint_distribution(setting):
     sampled = grpo.generate(model, [prompt], uniforms, **setting)
     counts = Counter(tuple(ended(sampled, row)[0]) for row in range(count))
     assert len(probs) > 15 and agrees(counts, probs)
-    wrong = grpo.generate(model, [prompt], uniforms, **(setting | {"temperature": 1.15 * setting.get("temperature", 1)}))
+    warmer = setting | {"temperature": 1.15 * setting.get("temperature", 1)}
+    wrong = grpo.generate(model, [prompt], uniforms, **warmer)
     assert not agrees(Counter(tuple(ended(wrong, row)[0]) for row in range(count)), probs)
 
 
@@ -253,11 +257,11 @@ def test_draw_takes_the_first_token_above_the_number():
     assert grpo.draw(logits, u)[:, 0].tolist() == [0, 0, 2, 2, 3, 3]
 
 
-# ------------------------------------------------------------------------------------------------- log-probabilities returned
+# ------------------------------------------------------------------------------------------- log-probabilities returned
 
 
 @pytest.mark.parametrize("banned", [(), (0, 20, 21, 22)], ids=["all", "padded"])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.6}, {"top_k": 3}], ids=str)
+@pytest.mark.parametrize("options", [*JOINT, {"temperature": 0.7, "top_p": 0.6}], ids=str)
 def test_returned_logprobs_are_those_of_training(options, banned):
     model, prompts, steps = make_model(eos=(3, 7), banned=banned).float(), make_prompts(4), 25
     sampled = grpo.generate(model, prompts, numbers(list(product(range(4), range(3))), steps), **options)
@@ -294,7 +298,7 @@ def test_banned_ids():
     assert entropy.isfinite().all() and (entropy[mask[:, 1:] == 1] > 0).all()
 
 
-# ------------------------------------------------------------------------------------------------- where a row ends
+# ----------------------------------------------------------------------------------------------------- where a row ends
 
 
 def test_end_of_text():
@@ -387,7 +391,7 @@ def test_stop_string_in_the_prompt_stops_nothing(letters):
     assert sampled.lengths.tolist() == [12] and not sampled.finished.any()
 
 
-# ------------------------------------------------------------------------------------------------- shapes and limits
+# ---------------------------------------------------------------------------------------------------- shapes and limits
 
 
 def test_no_new_tokens():
@@ -450,7 +454,7 @@ def test_greedy_equals_transformers_with_several_end_ids(tmp_path):
     assert 0 < int(sampled.finished.sum()) and len(set(sampled.lengths.tolist())) > 2
 
 
-# ------------------------------------------------------------------------------------------------- random numbers
+# ------------------------------------------------------------------------------------------------------- random numbers
 
 
 def test_row_uniforms():
@@ -473,11 +477,12 @@ def test_row_uniforms_are_uniform_and_independent():
     values = np.stack([grpo.row_uniforms(0, 3, prompt, sample, 50) for prompt in range(20) for sample in range(20)])
     bins = Counter((values.flatten() * 50).astype(int).tolist())
     assert agrees(bins, dict.fromkeys(range(50), 1 / 50))
-    pairs = Counter(zip((values[:-1] * 7).astype(int).flatten().tolist(), (values[1:] * 7).astype(int).flatten().tolist()))
+    above, below = ((part * 7).astype(int).flatten().tolist() for part in (values[:-1], values[1:]))
+    pairs = Counter(zip(above, below, strict=True))
     assert agrees(pairs, dict.fromkeys(product(range(7), repeat=2), 1 / 49))  # a row against the next
 
 
-# ------------------------------------------------------------------------------------------------- log-probabilities
+# ---------------------------------------------------------------------------------------------------- log-probabilities
 
 
 def training_batch(seed=0):
@@ -589,7 +594,7 @@ def test_chunks_bound_the_logits():
         assert seen.largest == expected
 
 
-# ------------------------------------------------------------------------------------------------- batches of rows
+# ------------------------------------------------------------------------------------------------------ batches of rows
 
 
 def test_pad_rows():

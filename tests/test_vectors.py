@@ -208,6 +208,4 @@ def test_print_counts(capsys):  # the last one: pytest keeps the order of the fi
             present = sections(file)
             skipped = [name for name in NOT_IMPLEMENTED.get(file, {}) if name.partition(".")[0] in present]
             run, free = COUNTS[file, "compared"], COUNTS[file, "only run"]
-            print(
-                f"\n{file}.json: {run} values compared, {free} only run; not implemented: {skipped or 'none'}"
-            )
+            print(f"\n{file}.json: {run} values compared, {free} only run; not implemented: {skipped or 'none'}")

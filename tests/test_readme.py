@@ -1,0 +1,74 @@
+"""README.md tells the truth: the commands parse, the flags, files, functions and metrics it names exist."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import grpo  # noqa: E402
+import rewards  # noqa: E402
+import sft  # noqa: E402
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = {"grpo.py": grpo, "sft.py": sft}
+TEXTS = {"README.md": README, "models/README.md": (ROOT / "models" / "README.md").read_text(encoding="utf-8")}
+TEXTS |= {name: module.__doc__ for name, module in SCRIPTS.items()}
+COMMANDS = sorted(
+    {
+        (script, line.partition(" #")[0].partition(" && ")[0].strip())
+        for text in TEXTS.values()
+        for line in re.sub(r"\\\n\s*", "", text).splitlines()
+        for script in SCRIPTS
+        if re.match(rf"\s*(python|torchrun .*?)\s+{re.escape(script)}\b", line.replace("pip install -r requirements.txt && ", ""))
+    }
+)
+
+
+@pytest.mark.parametrize("script, line", COMMANDS)
+def test_commands_parse(script, line):
+    words = shlex.split(line.replace("pip install -r requirements.txt && ", ""))
+    argv = words[words.index(script) + 1 :]
+    if "--resume" not in argv:
+        SCRIPTS[script].parse_config(SCRIPTS[script].Config, argv)
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 8
+
+
+def test_flags_and_functions_exist():
+    flags = set(re.findall(r"(?<![\w-])--(\w+)", README)) - {"fix", "help", "standalone", "nproc_per_node"}
+    known = {name for module in SCRIPTS.values() for name in module.Config.__dataclass_fields__}
+    assert flags - known - {"index"} == set()
+    rows = [line for line in README.splitlines() if line.startswith("| ") and ".py" in line]
+    assert len(rows) >= 8
+    for row in rows:
+        names = [n for n in re.findall(r"`([\w.]+)`", row.split("|")[3])]
+        for name in names:
+            found = [m for m in (grpo, sft, rewards) if hasattr(m, name.split(".")[0])]
+            found = [m for m in found if all(hasattr(getattr(m, name.split(".")[0]), n) for n in name.split(".")[1:])]
+            assert found, f"{name} of {row}"
+
+
+def test_every_metric_of_a_run_is_explained(tmp_path):
+    """One step of grpo and of sft; every key of metrics.jsonl has a row in the README's table, and none is stale."""
+    small = "--steps 1 --batch_size 4 --eval_problems 2 --eval_samples 2 --max_new_tokens 16".split()
+    assert grpo.main(grpo.train, grpo.Config, [*small, "--group_size", "2", "--out", str(tmp_path / "g")]) == 0
+    assert sft.main(sft.train, sft.Config, [*small, "--out", str(tmp_path / "s"), "--num_layers", "1"]) == 0
+    written = set()
+    for run in ("g", "s"):
+        for line in (tmp_path / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            written |= set(grpo.json.loads(line))
+    table = README[README.index("| metric | meaning |") :].partition("\n\n")[0]
+    explained = set()
+    for row in table.splitlines()[2:]:
+        for name in re.findall(r"`([^`]+)`", row.split("|")[1]):
+            explained.add(f"completion_length{name}" if name.startswith("/") else name)
+    written = {re.sub(r"pass@\d+", "pass@k", name) for name in written}
+    assert written - explained == set()
+    optional = {"completion_length/correct", "reflections/correct", "eval/accuracy_not_given_up", "entropy"}
+    assert explained - written - optional == set()  # only what a batch without right answers lacks
