@@ -338,7 +338,7 @@ class Countdown:
     min_target: int = 1
     max_target: int = 99
     operators: str = "+-*/"
-    give_up: float = 0.3  # share of the traces that stop early with a wrong answer
+    give_up: float = 0.33  # share of the traces that stop early with a wrong answer
 
     NATURAL = {"max_numbers": 4, "high": 99, "min_target": 10}
 
@@ -390,8 +390,9 @@ class Countdown:
         attempts = countdown_attempts(numbers, self.operators, 99)  # numbers up to 99 are single tokens
         hits, misses = ([a for a in attempts if (a[0] == target) == want] for want in (True, False))
         solved = hits and rng.random() >= self.give_up
-        wrong = rng.randint(6, 14) if rng.random() < 0.25 else rng.randint(0, 5)
-        tries = rng.sample(misses, min(len(misses), wrong if solved else 1 + wrong // 2))
+        few, many = ((0, 3), (4, 11)) if solved else ((1, 3), (4, 12))
+        wrong = rng.randint(*(few if rng.random() < 0.75 else many))
+        tries = rng.sample(misses, min(len(misses), wrong))
         if solved or not tries:
             tries.append(rng.choice(hits))
         lines = [f"{text}:{steps}{'>=<'[(v <= target) + (v < target)]}{target}\n" for v, text, steps in tries]

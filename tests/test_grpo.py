@@ -14,9 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo  # noqa: E402
 
 FOLDER = Path(os.environ.get("VECTORS") or Path(__file__).parent / "vectors")
-VECTORS = (
-    json.loads((FOLDER / "grpo.json").read_text(encoding="utf-8")) if (FOLDER / "grpo.json").is_file() else {}
-)
+VECTORS = json.loads((FOLDER / "grpo.json").read_text(encoding="utf-8")) if (FOLDER / "grpo.json").is_file() else {}
 AGGREGATION = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}  # TRL's names and ours
 LOSSES = [(c, r) for c in VECTORS.get("grpo_loss", []) for r in c["results"] if r["loss_type"] in AGGREGATION]
 TINY = Path(grpo.__file__).parent / "models" / "tiny"
@@ -49,26 +47,17 @@ def test_loss_and_gradient_equal_the_reference(case, result, split):
     scale = case["scale_rewards"]
     rewards = torch.tensor(case["rewards"], dtype=torch.float64).flatten()
     advantages = grpo.group_advantages(rewards, case["group_size"], scale)
-    assert torch.allclose(
-        advantages, torch.tensor(case["advantages"], dtype=torch.float64), rtol=0, atol=1e-9
-    )
+    assert torch.allclose(advantages, torch.tensor(case["advantages"], dtype=torch.float64), rtol=0, atol=1e-9)
     rows, loss, seen = list(range(len(lengths))), 0.0, []
     for part in [rows] if not split else [rows[i : i + split] for i in range(0, len(rows), split)][::-1]:
         weights = grpo.token_weights(
-            mask[part],
-            AGGREGATION[result["loss_type"]],
-            int(mask.sum()),
-            len(rows),
-            case["max_completion_length"],
+            mask[part], AGGREGATION[result["loss_type"]], int(mask.sum()), len(rows), case["max_completion_length"]
         )
         part_loss, part_seen = grpo.policy_loss(
             logprobs[part], old[part], advantages[part], weights, case["eps_low"], case["eps_high"],
             result["beta"], None if ref is None else ref[part],
         )  # fmt: skip
-        loss, seen = (
-            loss + part_loss,
-            [*seen, {k: (v * mask[part]).sum().item() for k, v in part_seen.items()}],
-        )
+        loss, seen = (loss + part_loss, [*seen, {k: (v * mask[part]).sum().item() for k, v in part_seen.items()}])
     loss.backward()
     assert loss.item() == pytest.approx(result["loss"], abs=1e-9)
     if "dloss_dlogp" in result:  # one case has only its loss
@@ -85,9 +74,7 @@ def test_vectors_are_there():
 
 
 def test_equal_rewards_give_exactly_zero():
-    rewards = torch.full(
-        (8,), 0.1
-    )  # in float32 their std need not be 0, and eps 1e-8 would make that an advantage
+    rewards = torch.full((8,), 0.1)  # in float32 their std need not be 0, and eps 1e-8 would make that an advantage
     assert grpo.group_advantages(rewards, 8, "group", eps=1e-8).tolist() == [0.0] * 8
 
 
@@ -115,14 +102,7 @@ def test_weights_by_hand():
 
 @pytest.mark.parametrize(
     "gain, ratio, expected",
-    [
-        (1.0, 1.5, 0.0),
-        (1.0, 0.5, -0.5),
-        (-1.0, 0.5, 0.0),
-        (-1.0, 1.5, 1.5),
-        (1.0, 1.1, -1.1),
-        (-1.0, 3.0, 3.0),
-    ],
+    [(1.0, 1.5, 0.0), (1.0, 0.5, -0.5), (-1.0, 0.5, 0.0), (-1.0, 1.5, 1.5), (1.0, 1.1, -1.1), (-1.0, 3.0, 3.0)],
 )
 def test_clip_stops_the_gradient_where_it_should(gain, ratio, expected):
     """d loss / d logprob = -ratio x gain inside the range, 0 where the update has already gone far enough."""
@@ -136,15 +116,8 @@ def test_kl_pulls_towards_the_reference():
     """A token likelier under the reference must become likelier: a negative gradient, and the other way round."""
     for ref, sign in ((-0.5, -1), (-3.0, 1)):
         logprobs = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
-        args = (
-            logprobs,
-            logprobs.detach(),
-            torch.zeros(1, dtype=torch.float64),
-            torch.ones(1, 1, dtype=torch.float64),
-        )
-        loss, _ = grpo.policy_loss(
-            *args, kl_coef=0.1, ref_logprobs=torch.tensor([[ref]], dtype=torch.float64)
-        )
+        args = (logprobs, logprobs.detach(), torch.zeros(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64))
+        loss, _ = grpo.policy_loss(*args, kl_coef=0.1, ref_logprobs=torch.tensor([[ref]], dtype=torch.float64))
         loss.backward()
         assert loss > 0 and logprobs.grad.item() * sign > 0
 
@@ -156,22 +129,14 @@ def test_log_ratios_are_clamped():
 
 
 def completion(model, number: int, tokens: list[int], finished: bool = True) -> grpo.Completion:
-    return grpo.Completion(
-        number, {}, [46, 47, 3], tokens, [0.0] * len(tokens), finished, "", {"correct": False}
-    )
+    return grpo.Completion(number, {}, [46, 47, 3], tokens, [0.0] * len(tokens), finished, "", {"correct": False})
 
 
 class FakeRun:
     """One rank of a pretended world: notes the gradient where the real one would step."""
 
     def __init__(self, cfg, rank: int = 0, world: int = 1):
-        self.cfg, self.rank, self.world, self.device, self.gradients = (
-            cfg,
-            rank,
-            world,
-            torch.device("cpu"),
-            [],
-        )
+        self.cfg, self.rank, self.world, self.device, self.gradients = (cfg, rank, world, torch.device("cpu"), [])
 
     def gather(self, value) -> list:
         return [value]
@@ -204,9 +169,7 @@ def batch(model):
         completion(model, i // 4, torch.randint(44, 200, (n,), generator=generator).tolist(), n < 30)
         for i, n in enumerate(lengths)
     ]
-    advantages = grpo.group_advantages(
-        torch.tensor([0, 1, 0, 1, 1, 0, 0, 0.5], dtype=torch.float64), 4
-    ).tolist()
+    advantages = grpo.group_advantages(torch.tensor([0, 1, 0, 1, 1, 0, 0, 0.5], dtype=torch.float64), 4).tolist()
     return done, advantages
 
 
@@ -274,9 +237,7 @@ def test_reward_of_adds_the_optional_terms():
     c = completion(None, 0, [1] * 90)
     c.score, c.text = {"total": 1.1}, "one two"
     cfg = SimpleNamespace(overlong_cache=20, language_weight=0.5)
-    assert grpo.reward_of(c, cfg, 100) == pytest.approx(
-        1.1 - 0.5 + 0.5
-    )  # half of the cache used, all words English
+    assert grpo.reward_of(c, cfg, 100) == pytest.approx(1.1 - 0.5 + 0.5)  # half of the cache used, all words English
     assert grpo.reward_of(c, SimpleNamespace(overlong_cache=0, language_weight=0.0), 100) == 1.1
 
 
@@ -293,9 +254,7 @@ def test_dynamic_sampling_fills_the_batch_with_mixed_groups(monkeypatch):
         return found
 
     monkeypatch.setattr(grpo, "rollout", fake_rollout)
-    cfg = SimpleNamespace(
-        **(grpo.asdict(grpo.Config()) | {"batch_size": 6, "group_size": 2, "dynamic_sampling": 5})
-    )
+    cfg = SimpleNamespace(**(grpo.asdict(grpo.Config()) | {"batch_size": 6, "group_size": 2, "dynamic_sampling": 5}))
     task = SimpleNamespace(problem=lambda split, seed, n: {})
     run = SimpleNamespace(cfg=cfg, rank=0, world=1, gather=lambda v: [v])
     every, kept, drawn = grpo.sample_batch(run, None, SimpleNamespace(task=task), 1, 0, 8)

@@ -23,7 +23,10 @@ COMMANDS = sorted(
         for text in TEXTS.values()
         for line in re.sub(r"\\\n\s*", "", text).splitlines()
         for script in SCRIPTS
-        if re.match(rf"\s*(python|torchrun .*?)\s+{re.escape(script)}\b", line.replace("pip install -r requirements.txt && ", ""))
+        if re.match(
+            rf"\s*(python|torchrun .*?)\s+{re.escape(script)}\b",
+            line.replace("pip install -r requirements.txt && ", ""),
+        )
     }
 )
 

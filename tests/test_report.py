@@ -26,26 +26,15 @@ HOSTILE += "\x00\x1b[31m\u202e\r\n\ud800"
 def fake_sample(step: int, group: int, sample: int, rng: random.Random) -> dict:
     """A countdown completion whose later steps try less and are right more often."""
     correct = rng.random() < 0.15 + step / 100
-    tries = (
-        ["(4-2)*9 4-2=2,2*9=18 18=18"]
-        if correct
-        else ["4+2+9 4+2=6,6+9=15 15<18", "4*2+9 4*2=8,8+9=17 17<18"]
-    )
-    text = "\n".join(
-        rng.sample(["9*4-2 9*4=36,36-2=34 34>18", "9+4*2 4*2=8,8+9=17 17<18"], rng.randint(0, 2)) + tries
-    )
+    tries = ["(4-2)*9 4-2=2,2*9=18 18=18"] if correct else ["4+2+9 4+2=6,6+9=15 15<18", "4*2+9 4*2=8,8+9=17 17<18"]
+    text = "\n".join(rng.sample(["9*4-2 9*4=36,36-2=34 34>18", "9+4*2 4*2=8,8+9=17 17<18"], rng.randint(0, 2)) + tries)
     answer = tries[-1].split()[0]
     pieces = [*text, "</think>", "<answer>", *answer, "</answer>"]
     logprobs = [math.log(1 - rng.random() ** 6 * 0.98) for _ in pieces]
     rewards = {"format": 0.1, "answer": answer, "correct": correct, "total": 1.1 if correct else 0.1}
     problem = {"numbers": [4, 2, 9], "target": 18}
     row = {"step": step, "group": group, "sample": sample, "problem": problem, "prompt": "4,2,9=18<think>"}
-    row |= {
-        "tokens": [ord(p[0]) for p in pieces],
-        "pieces": pieces,
-        "logprobs": logprobs,
-        "mask": [1] * len(pieces),
-    }
+    row |= {"tokens": [ord(p[0]) for p in pieces], "pieces": pieces, "logprobs": logprobs, "mask": [1] * len(pieces)}
     return row | {"rewards": rewards, "advantage": 0.8 if correct else -0.4, "truncated": rng.random() < 0.1}
 
 
@@ -64,11 +53,7 @@ def fake_metrics(step: int, steps: int, seed: int, rng: random.Random) -> dict:
     row |= {"reward_std": noisy(0.4, 0.03), "reward/format": 0.1, "accuracy": noisy(0.26 + 0.4 * x, 0.05)}
     row |= {"completion_length": noisy(74 + 90 * x, 6), "completion_length/correct": noisy(64 + 60 * x, 6)}
     row |= {"completion_length/wrong": noisy(84 + 120 * x, 9), "clipped_ratio": max(0, noisy(0.1 * x, 0.05))}
-    row |= {
-        "entropy": noisy(0.5 - 0.3 * x, 0.02),
-        "kl": None if step == 1 else 0.002 * step,
-        "clip_frac_low": 0.0,
-    }
+    row |= {"entropy": noisy(0.5 - 0.3 * x, 0.02), "kl": None if step == 1 else 0.002 * step, "clip_frac_low": 0.0}
     row |= {
         "clip_frac_high": abs(noisy(0, 0.004)),
         "grad_norm": noisy(0.4, 0.1) + 3 * (step == 40),
@@ -77,15 +62,8 @@ def fake_metrics(step: int, steps: int, seed: int, rng: random.Random) -> dict:
     row |= {"loss": noisy(0, 0.03), "frac_reward_zero_std": 0.2 + 0.3 * x, "frac_all_right": 0.4 * x}
     row |= {"tokens_per_s": noisy(6800, 300), "seconds_sample": noisy(4, 0.4), "seconds_train": noisy(3, 0.2)}
     if step % 10 == 0 or step == 1:
-        row |= {
-            "eval/accuracy": 0.26 + 0.42 * x,
-            "eval/accuracy_se": 0.02,
-            "eval/completion_length": 74 + 90 * x,
-        }
-        row |= {
-            f"eval/pass@{k}": 1 - (0.74 - 0.4 * x) ** (1 + 0.7 * math.log2(k))
-            for k in (1, 2, 4, 8, 16, 32, 64)
-        }
+        row |= {"eval/accuracy": 0.26 + 0.42 * x, "eval/accuracy_se": 0.02, "eval/completion_length": 74 + 90 * x}
+        row |= {f"eval/pass@{k}": 1 - (0.74 - 0.4 * x) ** (1 + 0.7 * math.log2(k)) for k in (1, 2, 4, 8, 16, 32, 64)}
     return row
 
 
@@ -115,11 +93,7 @@ def fake_run(folder: Path, steps: int = 12, samples: int = 8, seed: int = 0, **c
     (folder / "run.json").write_text(json.dumps(about), encoding="utf-8")
     write_lines(folder / "metrics.jsonl", [fake_metrics(s, steps, seed, rng) for s in range(1, steps + 1)])
     logged = [
-        (s, g, i)
-        for s in range(1, steps + 1)
-        if s % 6 == 1 or s == steps
-        for g in range(2)
-        for i in range(samples)
+        (s, g, i) for s in range(1, steps + 1) if s % 6 == 1 or s == steps for g in range(2) for i in range(samples)
     ]
     write_lines(folder / "samples.jsonl", [fake_sample(*where, rng) for where in logged])
     return folder
@@ -165,9 +139,7 @@ def test_page_needs_nothing_but_itself(tmp_path, capsys):
     page = draw(fake_run(tmp_path / "a"))
     outline = Outline(page)
     assert not outline.tags & {"script", "link", "img", "iframe", "a", "object", "base"}
-    assert not outline.names & {"src", "href", "srcset", "style"} and not any(
-        n.startswith("on") for n in outline.names
-    )
+    assert not outline.names & {"src", "href", "srcset", "style"} and not any(n.startswith("on") for n in outline.names)
     assert not re.search(r"url\(|@import|https?:|//[a-z]", page)
     assert len(page.encode()) < 1_000_000 and "prefers-color-scheme:dark" in page and "@media print" in page
     assert capsys.readouterr().out.startswith("wrote ")
@@ -175,9 +147,7 @@ def test_page_needs_nothing_but_itself(tmp_path, capsys):
 
 def test_panels_show_extremes_last_value_and_steps(tmp_path):
     run = fake_run(tmp_path / "a", steps=3)
-    write_lines(
-        run / "metrics.jsonl", [{"step": s, "loss": y} for s, y in ((1, 0.5), (2, -0.25), (9, 0.125))]
-    )
+    write_lines(run / "metrics.jsonl", [{"step": s, "loss": y} for s, y in ((1, 0.5), (2, -0.25), (9, 0.125))])
     (figure,) = re.findall("<figure>.*?</figure>", draw(run))
     assert "<strong>loss</strong>" in figure and re.search("<span[^>]*>0.125</span>", figure)
     assert re.findall("<text[^>]*>(.*?)</text>", figure) == ["0.500", "-0.250", "9", "step 1"]
@@ -198,14 +168,9 @@ def test_evaluations_are_points_with_errors_and_a_single_value_is_seen(tmp_path)
 
 
 def test_steps_share_one_axis(tmp_path):
-    page = draw(
-        fake_run(tmp_path / "a", steps=10), fake_run(tmp_path / "b", steps=30), out=tmp_path / "x.html"
-    )
+    page = draw(fake_run(tmp_path / "a", steps=10), fake_run(tmp_path / "b", steps=30), out=tmp_path / "x.html")
     curves = page[page.index("<h2>Curves") : page.index("<h2>Settings")]
-    ends = {
-        tuple(re.findall("<text[^>]*>([^<]*)</text>", f)[2:])
-        for f in re.findall("<figure>.*?</figure>", curves)
-    }
+    ends = {tuple(re.findall("<text[^>]*>([^<]*)</text>", f)[2:]) for f in re.findall("<figure>.*?</figure>", curves)}
     assert ends == {("30", "step 1")}
 
 
@@ -221,10 +186,7 @@ def test_before_and_after(tmp_path):
 
 def test_pass_at_k_first_and_last(tmp_path):
     run = fake_run(tmp_path / "a")
-    rows = [
-        {"step": 0, "eval/pass@1": 0.2, "eval/pass@16": 0.5},
-        {"step": 9, "eval/pass@1": 0.4, "eval/pass@16": 0.6},
-    ]
+    rows = [{"step": 0, "eval/pass@1": 0.2, "eval/pass@16": 0.5}, {"step": 9, "eval/pass@1": 0.4, "eval/pass@16": 0.6}]
     write_lines(run / "metrics.jsonl", [*rows, {"step": 9, "eval/pass@4": 0.55}])
     page = draw(run)
     assert cells(page)[:3] == [
@@ -260,12 +222,7 @@ def test_folders_of_one_name_are_told_apart(tmp_path):
 
 def test_tokens_are_coloured_and_marked(tmp_path):
     row = fake_sample(1, 0, 0, random.Random(0))
-    row |= {
-        "pieces": ["a", " ", "b\n", "<c>"],
-        "tokens": [5, 6, 7, 8, 9],
-        "mask": [1, 1, 1, 0],
-        "truncated": True,
-    }
+    row |= {"pieces": ["a", " ", "b\n", "<c>"], "tokens": [5, 6, 7, 8, 9], "mask": [1, 1, 1, 0], "truncated": True}
     row |= {"logprobs": [math.log(0.95), math.log(0.6), math.log(0.01), -0.5], "advantage": 0.25}
     text = report.card(row, 9999)
     assert text.endswith(
@@ -273,31 +230,13 @@ def test_tokens_are_coloured_and_marked(tmp_path):
         '<i class="p5 e" title="0.01">b\\n</i>\n'
         '<i class="m" title="0.607">&lt;c&gt;</i><i class="">[9]</i></pre></div>'
     )
-    for word in (
-        "truncated",
-        "5 tokens",
-        "advantage <b>+0.250</b>",
-        "format <b>0.100</b>",
-        "sample <b>0</b>",
-    ):
+    for word in ("truncated", "5 tokens", "advantage <b>+0.250</b>", "format <b>0.100</b>", "sample <b>0</b>"):
         assert word in text
 
 
 def test_long_completions_lose_their_middle():
     text = report.middle_out([f"<i>{i:03d}</i>" for i in range(100)], 100)  # 10 bytes each: 6 before, 4 after
-    assert re.findall(r"\d+", text) == [
-        "000",
-        "001",
-        "002",
-        "003",
-        "004",
-        "005",
-        "90",
-        "096",
-        "097",
-        "098",
-        "099",
-    ]
+    assert re.findall(r"\d+", text) == ["000", "001", "002", "003", "004", "005", "90", "096", "097", "098", "099"]
 
 
 def test_first_middle_and_last_step_with_the_group_folded(tmp_path):
@@ -310,11 +249,7 @@ def test_first_middle_and_last_step_with_the_group_folded(tmp_path):
 def test_everything_hostile_is_escaped(tmp_path):
     kind = fake_run(tmp_path / "kind")
     row = fake_sample(1, 0, 0, random.Random(0)) | {"problem": HOSTILE, "prompt": HOSTILE, "group": HOSTILE}
-    row |= {
-        "sample": HOSTILE,
-        "pieces": [HOSTILE] * 3,
-        "rewards": {HOSTILE: HOSTILE, "answer": HOSTILE, "correct": 1},
-    }
+    row |= {"sample": HOSTILE, "pieces": [HOSTILE] * 3, "rewards": {HOSTILE: HOSTILE, "answer": HOSTILE, "correct": 1}}
     evil = fake_run(tmp_path / "<b onclick=x>&\x1b[0m", **{HOSTILE: HOSTILE})
     about = json.loads((evil / "run.json").read_text()) | {"command": HOSTILE, "device": {HOSTILE: 1}}
     (evil / "run.json").write_text(json.dumps(about | {"chosen": {HOSTILE: [HOSTILE]}, "versions": HOSTILE}))
@@ -345,8 +280,7 @@ def test_values_that_are_no_numbers(tmp_path, capsys):
     run = fake_run(tmp_path / "a")
     odd = (None, float("nan"), float("inf"), "text", True, [1], {}, 10**400, -(10**31))
     write_lines(
-        run / "metrics.jsonl",
-        [{"step": i, "loss": v} for i, v in enumerate(odd)] + [{"step": 20, "loss": 0.5}],
+        run / "metrics.jsonl", [{"step": i, "loss": v} for i, v in enumerate(odd)] + [{"step": 20, "loss": 0.5}]
     )
     page = draw(run)
     assert page.count("<circle") == 1 and "loss: 2 values not finite" in page
@@ -355,28 +289,17 @@ def test_values_that_are_no_numbers(tmp_path, capsys):
 
 def test_a_step_logged_again_after_a_resume_replaces_the_first(tmp_path):
     run = fake_run(tmp_path / "a")
-    write_lines(
-        run / "metrics.jsonl", [{"step": s, "loss": y} for s, y in ((1, 1.0), (2, 9.0), (2, 2.0), (3, 3.0))]
-    )
+    write_lines(run / "metrics.jsonl", [{"step": s, "loss": y} for s, y in ((1, 1.0), (2, 9.0), (2, 2.0), (3, 3.0))])
     assert report.load_run(run, "a", 0).series["loss"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 def test_page_stays_under_a_megabyte(tmp_path):
     run, rng = fake_run(tmp_path / "a", steps=2), random.Random(1)
     row = fake_sample(1, 0, 0, rng) | {"prompt": "x" * 1_000_000, "problem": ["&"] * 100_000}
-    row |= {
-        "pieces": ["\x00<&\u00e4" * 9] * 2000,
-        "tokens": [1] * 2000,
-        "logprobs": [-0.1] * 2000,
-        "mask": [1] * 2000,
-    }
+    row |= {"pieces": ["\x00<&\u00e4" * 9] * 2000, "tokens": [1] * 2000, "logprobs": [-0.1] * 2000, "mask": [1] * 2000}
     rows = [row | {"step": s, "group": g, "sample": i} for s in (1, 2, 3) for g in range(6) for i in range(3)]
-    write_lines(
-        run / "samples.jsonl", [*rows, row | {"step": 3, "group": 0, "sample": 9, "pieces": ["y" * 10**6]}]
-    )
-    write_lines(
-        run / "metrics.jsonl", [{f"m{i}": rng.random() for i in range(100)} | {"step": s} for s in range(600)]
-    )
+    write_lines(run / "samples.jsonl", [*rows, row | {"step": 3, "group": 0, "sample": 9, "pieces": ["y" * 10**6]}])
+    write_lines(run / "metrics.jsonl", [{f"m{i}": rng.random() for i in range(100)} | {"step": s} for s in range(600)])
     page = draw(run)
     assert 500_000 < len(page.encode()) < 1_000_000
     assert "tokens left out" in page and "characters more" in page and "4 of its 6 groups" in page
@@ -453,26 +376,12 @@ def bad(tmp_path: Path, case: str) -> tuple[list[str], list[str]]:
     if case == "bad settings":
         (run / "run.json").write_text("[]")
         return [str(run)], ["run.json", "object"]
-    broken = {
-        "broken line": '{"step": 2,',
-        "number": "7",
-        "no step": '{"loss": 1}',
-        "deep": "[" * 10**6,
-        "nul": "\x00",
-    }
+    broken = {"broken line": '{"step": 2,', "number": "7", "no step": '{"loss": 1}', "deep": "[" * 10**6, "nul": "\x00"}
     metrics.write_text("\n".join([lines[0], broken[case], lines[2]]) + "\n")
     return [str(run)], ["metrics.jsonl:2"]
 
 
-CASES = [
-    "missing folder",
-    "file",
-    "parent folder",
-    "nothing",
-    "unknown flag",
-    "would overwrite",
-    "no folder for out",
-]
+CASES = ["missing folder", "file", "parent folder", "nothing", "unknown flag", "would overwrite", "no folder for out"]
 CASES += ["bad settings", "broken line", "number", "no step", "deep", "nul"]
 
 
@@ -490,9 +399,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, capsys, case):
 
 def test_as_a_command(tmp_path):
     def command(*args: object) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-I", REPORT, *map(str, args)], capture_output=True, cwd=tmp_path
-        )
+        return subprocess.run([sys.executable, "-I", REPORT, *map(str, args)], capture_output=True, cwd=tmp_path)
 
     shown = command("--help")
     assert shown.returncode == 0 and b"--out" in shown.stdout and b"compare.html" in shown.stdout

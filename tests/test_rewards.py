@@ -517,7 +517,7 @@ def test_countdown_traces():
         assert answer == f"<answer>{parts['answer']}</answer>" and parts["format"] == 1.0
         expressions = [line.removeprefix("wait").partition(":")[0] for line in lines]
         assert expressions[-1] == parts["answer"]  # the last try is the answer
-        assert (seen["tries"], seen["distinct_tries"]) == (len(lines), len(set(expressions))) and len(lines) <= 15
+        assert (seen["tries"], seen["distinct_tries"]) == (len(lines), len(set(expressions))) and len(lines) <= 12
         assert seen["gave_up"] == (not parts["correct"])
         for line in lines[:-1]:  # only the last try may hit
             assert f"={problem['target']}={problem['target']}" not in line
@@ -525,7 +525,7 @@ def test_countdown_traces():
         assert (sign[0] == "=") == parts["correct"] and sign[1:] == str(problem["target"])
         solved, waits = solved + parts["correct"], waits + sum(line.startswith("wait") for line in lines)
         tries.append(len(lines))
-    assert 0.24 < 1 - solved / 600 < 0.36  # give_up
+    assert 0.27 < 1 - solved / 600 < 0.39  # give_up
     assert 0.2 < waits / (sum(tries) - 600) < 0.3 and max(tries) > 10
     problem = task.problem("train", 0, 0)
     never, always = rewards.Countdown(give_up=0.0), rewards.Countdown(give_up=1.0)
@@ -539,7 +539,7 @@ def test_countdown_streams_stay():
     for i in range(500):
         problem = task.problem("train", 0, i)
         text += task.compact(problem) + task.trace(problem, random.Random(f"trace {i}"))
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "322b03d7ae85997a"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "63df03a2eda4c4bf"
 
 
 def test_countdown_trace_marks():
