@@ -97,10 +97,11 @@ class Config:
     temperature: float = flag(1.0, "sampling temperature, also in the loss", 0.01)
     dynamic_sampling: int = flag(0, "draw up to this many more batches for groups with signal (DAPO), 0 = off")
     micro_batch_tokens: int = flag(0, "padded tokens per forward pass, 0 = by model size")
-    steps: int = flag(40, "rollouts, 0 = only evaluate")
+    steps: int = flag(32, "rollouts, 0 = only evaluate")
     updates: int = flag(1, "optimizer steps per rollout, each on its own part of the batch", 1)
     lr: float = flag(0.0, "learning rate, 0 = by model size")
-    warmup_steps: int = flag(5, "steps of linear warm-up; constant afterwards")
+    warmup_steps: int = flag(3, "steps of linear warm-up")
+    decay: bool = flag(True, "let the learning rate fall linearly after the warm-up, to 0 behind the last step")
     eval_problems: int = flag(200, "held-out problems per evaluation, 0 = no evaluation")
     eval_samples: int = flag(16, "completions per held-out problem", 1)
     eval_every: int = flag(0, "steps between evaluations, 0 = at the end only")
@@ -113,7 +114,7 @@ class Config:
     resume: str = flag("", "run folder to go on with, or auto for the newest")
     check: bool = flag(False, "one step of everything in a temporary folder, with the memory plan")
     advantage: Literal["group", "batch", "none"] = flag("group", "what eq. 1 divides by: std of group or batch")
-    aggregation: Literal["token", "sequence", "constant"] = flag("token", "weights of eq. 4")
+    aggregation: Literal["token", "sequence", "constant"] = flag("sequence", "weights of eq. 4")
     clip_low: float = flag(0.2, "eps_low in eq. 3")
     clip_high: float = flag(0.2, "eps_high in eq. 3 (DAPO: 0.28)")
     kl_coef: float = flag(0.0, "beta in eq. 3, 0 = off and no reference model")
@@ -125,9 +126,9 @@ class Config:
 
 
 BY_SIZE = {  # parameters: below 10 M (made here), below 1 B, above (TinyZero, nano-aha-moment, DAPO: lr 1e-6)
-    "lr": (5e-4, 1e-5, 1e-6),
+    "lr": (2e-4, 1e-5, 1e-6),
     "batch_size": (256, 64, 512),
-    "max_new_tokens": (320, 256, 1024),
+    "max_new_tokens": (448, 256, 1024),
     "micro_batch_tokens": (8192, 4096, 16384),
 }
 
@@ -347,7 +348,9 @@ def train(cfg: Config) -> int:
         sampled = time.time()
         rewards = torch.tensor([c.reward for c in batch], dtype=torch.float64)  # (B,)
         advantages = group_advantages(rewards, cfg.group_size, cfg.advantage).tolist() if batch else []
-        lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
+        lr = cfg.lr * min(
+            1.0, step / max(1, cfg.warmup_steps), (1 + cfg.steps - step) / cfg.steps if cfg.decay else 1.0
+        )
         metrics = describe_batch(every, cfg.group_size, prompter)
         metrics |= update_policy(run, model, reference, optimizer, batch, advantages, lr, limit)
         run.refresh(sampler, model)

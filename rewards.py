@@ -390,7 +390,7 @@ class Countdown:
         attempts = countdown_attempts(numbers, self.operators, 99)  # numbers up to 99 are single tokens
         hits, misses = ([a for a in attempts if (a[0] == target) == want] for want in (True, False))
         solved = hits and rng.random() >= self.give_up
-        few, many = ((0, 3), (4, 11)) if solved else ((1, 3), (4, 12))
+        few, many = ((0, 3), (4, 19)) if solved else ((1, 2), (3, 20))
         wrong = rng.randint(*(few if rng.random() < 0.75 else many))
         tries = rng.sample(misses, min(len(misses), wrong))
         if solved or not tries:

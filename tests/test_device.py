@@ -48,7 +48,7 @@ V = 23
 def test_pretend_device():
     """The tests marked in_child, in a process that has the device."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "on_device", __file__]
-    done = subprocess.run(command, env=os.environ | {"PRETEND": "1"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | {"PRETEND": "1"}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and " skipped" not in done.stdout, done.stdout[-2000:]
 

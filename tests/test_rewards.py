@@ -517,7 +517,7 @@ def test_countdown_traces():
         assert answer == f"<answer>{parts['answer']}</answer>" and parts["format"] == 1.0
         expressions = [line.removeprefix("wait").partition(":")[0] for line in lines]
         assert expressions[-1] == parts["answer"]  # the last try is the answer
-        assert (seen["tries"], seen["distinct_tries"]) == (len(lines), len(set(expressions))) and len(lines) <= 12
+        assert (seen["tries"], seen["distinct_tries"]) == (len(lines), len(set(expressions))) and len(lines) <= 20
         assert seen["gave_up"] == (not parts["correct"])
         for line in lines[:-1]:  # only the last try may hit
             assert f"={problem['target']}={problem['target']}" not in line
@@ -539,7 +539,7 @@ def test_countdown_streams_stay():
     for i in range(500):
         problem = task.problem("train", 0, i)
         text += task.compact(problem) + task.trace(problem, random.Random(f"trace {i}"))
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "63df03a2eda4c4bf"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "0bfb73c511e363cc"
 
 
 def test_countdown_trace_marks():

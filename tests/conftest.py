@@ -1,0 +1,167 @@
+"""What the tests of whole scripts share: a small random model, runs in this process and beside it, pretend ranks."""
+
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share two cores
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test looks for a network
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+SAME = "--batch_size 8 --max_new_tokens 40 --eval_problems 2 --eval_samples 2"
+SMALL = {  # flags that make a step of a script take a fraction of a second
+    "grpo": f"--steps 2 {SAME} --group_size 4 --overlong_cache 40",  # so that a random model's rewards differ
+    "sft": f"--steps 2 {SAME} --warmup_steps 10",  # while it warms up the learning rate does not depend on --steps
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_process(monkeypatch):
+    """No test inherits ranks from its surroundings or leaves signal handlers behind."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def cwd(tmp_path, monkeypatch):
+    """An empty folder to run in."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """The folder of a random model with the tiny tokenizer: 2 layers, width 32."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    folder.mkdir()
+    importlib.import_module("sft").make_tiny(folder, SimpleNamespace(num_layers=2, hidden_size=32, seed=0))
+    return folder
+
+
+@pytest.fixture
+def run(cwd, small, capfd):
+    """Run a script in this process, with the small model; returns (exit code, stdout, stderr)."""
+
+    def run(script: str, flags: str = "", model=small, base: bool = True) -> SimpleNamespace:
+        module = importlib.import_module(script)
+        argv = [*SMALL[script].split() * base, *(["--model", str(model)] if model else []), *flags.split()]
+        capfd.readouterr()
+        code = module.main(module.train, module.Config, argv)
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return run
+
+
+def start(script: str, flags: str, folder: Path, launcher=(), **options) -> subprocess.Popen:
+    """A script as a process of its own in `folder`."""
+    command = [sys.executable, *launcher, str(ROOT / f"{script}.py"), *flags.split()]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=pipe, encoding="utf-8", **options)
+
+
+def finish(process: subprocess.Popen, timeout: float = 300) -> SimpleNamespace:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()  # does nothing to one that has ended
+    return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def metrics_of(folder: Path, evaluations: bool = False) -> list[dict]:
+    """The lines of metrics.jsonl without times: those of training steps, or those of evaluations."""
+    rows = [line for line in lines_of(folder / "metrics.jsonl") if ("eval/accuracy" in line) == evaluations]
+    timed = re.compile("seconds|.*_per_s")
+    return [{name: value for name, value in row.items() if not timed.match(name)} for row in rows]
+
+
+class ThreadRanks:
+    """torch.distributed as far as the scripts use it, for ranks that are threads of this process."""
+
+    def __init__(self, world: int):
+        self.world, self.slots, self.local = world, [None] * world, threading.local()
+        self.barrier = threading.Barrier(world, timeout=60)
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def destroy_process_group(self) -> None: ...
+
+    def exchange(self, value) -> list:
+        self.slots[self.local.rank] = value
+        self.barrier.wait()
+        values = list(self.slots)
+        self.barrier.wait()
+        return values
+
+    def all_gather_object(self, values: list, value) -> None:
+        values[:] = self.exchange(value)
+
+    def all_reduce(self, tensor) -> None:
+        values = self.exchange(tensor.clone())
+        with torch.no_grad():
+            tensor.copy_(sum(values[1:], values[0]))
+
+
+@pytest.fixture
+def run_ranks(cwd, small, monkeypatch):
+    """Run a script on `world` ranks that are threads; (exit codes, gradients of each step on rank 0)."""
+
+    def run_ranks(script: str, world: int, flags: str = "") -> tuple[list[int], list[torch.Tensor]]:
+        module, ranks, gradients = importlib.import_module(script), ThreadRanks(world), []
+        codes = [None] * world
+
+        class Run(module.Run):
+            def __init__(self, cfg):
+                super().__init__(cfg)
+                self.rank, self.world = ranks.local.rank, world
+
+        def step(optimizer, *args, **kwargs):  # after the sum over ranks; the norm is far from the clip here
+            if ranks.local.rank == 0:
+                weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+                gradients.append(torch.cat([weight.grad.flatten().clone() for weight in weights]))
+
+        def work(rank: int) -> None:
+            ranks.local.rank = rank
+            argv = [*SMALL[script].split(), "--model", str(small), *flags.split()]
+            try:
+                codes[rank] = module.main(module.train, module.Config, argv)
+            finally:
+                if codes[rank] != 0:
+                    ranks.barrier.abort()  # the others do not wait for it
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "dist", ranks)
+            patch.setattr(module, "Run", Run)
+            patch.setenv("WORLD_SIZE", str(world))
+            patch.setattr(torch.optim.AdamW, "step", step)
+            threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        return codes, gradients
+
+    return run_ranks
