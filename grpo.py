@@ -534,9 +534,16 @@ def need(good: object, message: str) -> None:
         raise BadInput(message)
 
 
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+        return found
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read ({error}); a model folder has config.json, *.safetensors") from None
 
@@ -581,7 +588,7 @@ def check_config(c: dict, folder: Path) -> None:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards that its index names."""
     index, tensors = folder / "model.safetensors.index.json", {}
-    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
     for path in (folder / Path(name).name for name in sorted(names)):  # never outside the folder
         need(path.is_file(), f"no {path.name} in {folder}; weights are read from safetensors files only")
         with path.open("rb") as file:
@@ -692,7 +699,7 @@ def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0, top_k: int = 0) -
     """
     probs = logits.softmax(-1)
     if top_p < 1 or top_k:
-        ordered, order = probs.sort(-1, descending=True, stable=True)  # (B, V)
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)  # (B, V)
         drop = torch.zeros_like(ordered, dtype=torch.bool)
         if top_p < 1:
             drop |= ordered.cumsum(-1) - ordered >= top_p  # the mass before this token
@@ -777,16 +784,17 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as error:
-        print(f"note: CUDA graph capture failed ({str(error).splitlines()[0]}); decoding eagerly", flush=True)
+        print(f"note: CUDA graph capture failed ({first_line(error)}); decoding eagerly", flush=True)
         return step
     return graph.replay
 
 
-def cut_at_stop(s: Decoding, done: int, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-    """Finish the rows whose text holds a stop string by now; the tokens up to its last character stay."""
-    for row in s.rows[~s.finished[s.rows]].tolist():
-        ids = s.tokens[row, :done].tolist()
-        for end in range(max(1, done - CHECK_EVERY + 1), done + 1):
+def cut_at_stop(s: Decoding, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    """Finish the rows whose text holds a stop string since the last look; the tokens up to its last character stay."""
+    seen = (int(s.step) - 1) // CHECK_EVERY * CHECK_EVERY
+    for row in (s.lengths > seen).nonzero()[:, 0].tolist():
+        ids = s.tokens[row, : s.lengths[row]].tolist()
+        for end in range(seen + 1, len(ids) + 1):
             text = tokenizer.decode(ids[max(0, end - 32) : end], skip_special_tokens=False)
             if any(word in text for word in stop):
                 s.lengths[row], s.finished[row] = end, True
@@ -814,7 +822,7 @@ def generate(
     advance = partial(decode_step, model, s)
     for done in range(steps):
         if stop and done and done % CHECK_EVERY == 0:
-            cut_at_stop(s, done, tokenizer, stop)
+            cut_at_stop(s, tokenizer, stop)
         if on_cpu or done % CHECK_EVERY == 0:
             alive = len(s.rows) - int(s.finished[s.rows].sum())
             if not alive:
@@ -829,7 +837,7 @@ def generate(
         else:
             emit(s, model.logits(hidden, temperature or 1.0)[group])
     if stop and steps:
-        cut_at_stop(s, steps, tokenizer, stop)
+        cut_at_stop(s, tokenizer, stop)
     s.tokens, s.lengths, s.finished, s.logprobs = (t.cpu() for t in (s.tokens, s.lengths, s.finished, s.logprobs))
     return s
 
@@ -1208,7 +1216,7 @@ class Run:
                 saved = load_model(folder, self.device)
                 state = torch.load(folder / "trainer.pt", map_location=self.device, weights_only=True)
             except (BadInput, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                self.say(f"note: {folder} cannot be read ({str(error).splitlines()[0]}); taking the one before")
+                self.say(f"note: {folder} cannot be read ({first_line(error)}); taking the one before")
                 continue
             self.refresh(model, saved)
             optimizer.load_state_dict(state["optimizer"])
@@ -1295,7 +1303,7 @@ def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise
-        what = str(error).splitlines()[0]
+        what = first_line(error)
         return fail(f"out of memory ({what}); try half of --micro_batch_tokens; --check prints a plan", 1)
     finally:
         if dist.is_initialized():
