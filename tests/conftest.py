@@ -19,10 +19,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test looks for a network
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-SAME = "--batch_size 8 --max_new_tokens 40 --eval_problems 2 --eval_samples 2"
-SMALL = {  # flags that make a step of a script take a fraction of a second
-    "grpo": f"--steps 2 {SAME} --group_size 4 --overlong_cache 40",  # so that a random model's rewards differ
-    "sft": f"--steps 2 {SAME} --warmup_steps 10",  # while it warms up the learning rate does not depend on --steps
+# Flags that make a step of a script take a fraction of a second. While the learning rate warms up it does not depend
+# on --steps, so that a run which is made longer equals one that was long from the start.
+SAME = "--steps 2 --batch_size 8 --max_new_tokens 40 --eval_problems 2 --eval_samples 2 --warmup_steps 10"
+SMALL = {
+    "grpo": f"{SAME} --no-decay --group_size 4 --overlong_cache 40",  # so that a random model's rewards differ
+    "sft": SAME,
 }
 
 

@@ -50,7 +50,7 @@ def test_flags_and_functions_exist():
     rows = [line for line in README.splitlines() if line.startswith("| ") and ".py" in line]
     assert len(rows) >= 8
     for row in rows:
-        names = [n for n in re.findall(r"`([\w.]+)`", row.split("|")[3])]
+        names = re.findall(r"`([\w.]+)`", row.split("|")[3])
         for name in names:
             found = [m for m in (grpo, sft, rewards) if hasattr(m, name.split(".")[0])]
             found = [m for m in found if all(hasattr(getattr(m, name.split(".")[0]), n) for n in name.split(".")[1:])]

@@ -1,4 +1,4 @@
-"""sft.py's own functions: loss normalisation and schedule against the reference's numbers, traces, masks, data files."""
+"""sft.py's own functions: loss and schedule against the reference's numbers, traces, masks, data files."""
 
 import json
 import os
