@@ -548,7 +548,9 @@ def split_of(key: str) -> str:
 def read_problems(path: str, field: str, scorer: Callable) -> list[dict]:
     """{"question", "answer"} of each line of a JSONL file with `field` and `answer`, all scorable."""
     if not path:
-        raise BadInput(f"this task reads a file: give --data FILE.jsonl with fields {field}, answer")
+        raise BadInput(
+            f"gsm8k and math read a file: give --data FILE.jsonl, or gsm8k:data=FILE.jsonl, with fields {field}, answer"
+        )
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:

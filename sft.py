@@ -155,10 +155,11 @@ def file_rows(path: str, prompter: "Prompter", loss_on: str) -> list[tuple[list[
     """
     rows = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--data {path} cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
+    need("".join(lines).strip(), f"--data {path} is empty; it must hold one JSON object per line")
+    for number, line in ((number, line) for number, line in enumerate(lines, 1) if line.strip()):
         try:
             example = json.loads(line)
             chat = "messages" in example
@@ -175,8 +176,6 @@ def file_rows(path: str, prompter: "Prompter", loss_on: str) -> list[tuple[list[
         pieces += [] if chat else [(prompter.end, 1)]  # a chat template writes its own end token
         ids = [i for piece, _ in pieces for i in piece]
         rows.append((ids, [int(learnt or loss_on == "all") for piece, learnt in pieces for _ in piece]))
-    if not rows:
-        raise BadInput(f"--data {path} is empty; it must hold one JSON object per line")
     return rows
 
 
@@ -223,20 +222,22 @@ def make_tiny(folder: Path, cfg: Config) -> None:
 def train(cfg: Config) -> int:
     """Algorithm: for each step, draw a batch, count its trained tokens N, descend eq. 1."""
     run = Run(cfg)
+    need(cfg.hidden_size % 32 == 0, f"--hidden_size {cfg.hidden_size} is no multiple of 32, the size of a head")
     if cfg.model == "scratch":
         scratch = tempfile.TemporaryDirectory()
         make_tiny(Path(scratch.name), cfg)
     model, sampler = run.load(scratch.name if cfg.model == "scratch" else cfg.model)
     chosen = run.choose(model, BY_SIZE)
     prompter = Prompter(model, make_task(cfg.task, natural=not model.is_tiny), cfg.chat)
+    need(cfg.data or hasattr(prompter.task, "trace"), f"--task {cfg.task} makes no traces: give --data FILE.jsonl")
     rows = file_rows(cfg.data, prompter, cfg.loss_on) if cfg.data else []
     short = [row for row in rows if len(row[0]) <= cfg.max_length]
     if len(short) < len(rows):
-        run.say(
-            f"note: {len(rows) - len(short)} of {len(rows)} examples exceed {cfg.max_length} tokens and were dropped"
-        )
-    if rows and not short:
-        raise BadInput(f"--data {cfg.data}: no example has at most --max_length {cfg.max_length} tokens")
+        dropped = f"{len(rows) - len(short)} of {len(rows)} examples"
+        run.say(f"note: {dropped} exceed {cfg.max_length} tokens and were dropped")
+    short = [row for row in short if any(row[1][1:])]
+    limit = f"at most --max_length {cfg.max_length} tokens"
+    need(short or not rows, f"--data {cfg.data}: no example has {limit} and something to learn")
 
     def example(index: int) -> tuple[list[int], list[int]]:
         """The index-th row of an endless stream: generated, or the file's lines in a new order every epoch."""
@@ -832,7 +833,7 @@ class Prompter:
 
     def __init__(self, model: Model, task, chat: bool):
         self.task, self.tokenizer, self.end = task, load_tokenizer(model.folder), model.eos_ids[:1]
-        self.style = "compact" if model.is_tiny else "chat" if chat else "text"
+        self.style = "chat" if chat else "compact" if model.is_tiny else "text"
         self.stop = ("</answer>", "\nUser:") if self.style == "text" else ()
         if self.style == "chat":
             from transformers import AutoTokenizer  # slow to import, and only the chat template needs it
@@ -1010,17 +1011,21 @@ class Run:
     def open(self, model: Model, prompter: Prompter, chosen: dict, batch: str) -> None:
         """Make the run folder, or take the one to resume; write run.json; say what is about to happen."""
         cfg = self.cfg
+        example = prompter.text(prompter.task.problem("train", cfg.seed, 0))
+        if cfg.eval_problems:
+            heldout(prompter.task, cfg.eval_problems)  # complains before anything is written
         self.folder = self.on_rank_0(self.find_folder)
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
-        if self.rank == 0 and not cfg.resume:
+        if self.rank == 0 and not cfg.check:  # also when resuming: flags may have changed
             about = {"script": Path(__file__).name, "command": " ".join(sys.argv), "config": asdict(cfg)}
             about |= {"chosen": chosen, "device": str(self.device), "dtype": str(self.dtype), "ranks": self.world}
             about["versions"] = {name: version(name) for name in ("torch", "tokenizers", "numpy")}
             write_atomically(self.folder / "run.json", json.dumps(about, indent=2))
             shutil.copyfile(__file__, self.folder / Path(__file__).name)
         why = "as asked" if cfg.device != "auto" else "found" if self.device.type != "cpu" else "no CUDA device"
-        rows, example = cfg.batch_size // self.world, prompter.text(prompter.task.problem("train", cfg.seed, 0))
-        plan = memory_plan(model, rows, cfg.max_new_tokens + 256, cfg.micro_batch_tokens, self.dtype)
+        plan = memory_plan(
+            model, cfg.batch_size // self.world, cfg.max_new_tokens + 256, cfg.micro_batch_tokens, self.dtype
+        )
         self.say(
             f"device {self.device} ({why}), products in {self.dtype}, {self.world} rank(s)\n"
             f"model  {cfg.model}: {num_parameters(model) / 1e6:.2f} M parameters from {model.folder}\n"
@@ -1031,8 +1036,8 @@ class Run:
         self.bar = tqdm(total=cfg.steps, disable=None if self.rank == 0 else True, unit="step")
 
     def find_folder(self) -> Path:
-        if self.cfg.resume or self.cfg.check:
-            return Path(self.cfg.resume or tempfile.mkdtemp())
+        if self.cfg.check or self.cfg.resume:
+            return Path(self.cfg.out if self.cfg.check else self.cfg.resume)
         default = f"out/{Path(__file__).stem}-{self.cfg.task.partition(':')[0]}-{self.cfg.seed}"
         folder, number = Path(self.cfg.out or default), 2
         at = "".join(f" at step {int(p.name[5:])}" for p in checkpoints(folder)[-1:])
@@ -1107,7 +1112,8 @@ class Run:
         folder = self.folder / f"step-{step:06d}"
         if self.rank == 0:
             unfinished = folder.with_suffix(".tmp")
-            shutil.rmtree(unfinished, ignore_errors=True)
+            for stale in self.folder.glob("step-*.tmp"):
+                shutil.rmtree(stale)
             save_model(model, unfinished)
             state = {"step": step, "world": self.world, "optimizer": optimizer.state_dict(), **extra}
             torch.save(state, unfinished / "trainer.pt")
@@ -1122,7 +1128,7 @@ class Run:
         """Load the newest whole checkpoint into model and optimizer; returns what else `save` wrote, "step" among
         it. What the logs hold beyond that step is dropped.
         """
-        for folder in reversed(checkpoints(self.folder)):
+        for folder in reversed(checkpoints(Path(self.cfg.resume))):
             try:
                 saved = load_model(folder, self.device)
                 state = torch.load(folder / "trainer.pt", map_location=self.device, weights_only=True)
@@ -1134,12 +1140,12 @@ class Run:
             if state["world"] != self.world:
                 self.say(f"note: a run of {state['world']} rank(s) goes on with {self.world}")
             for log in (self.metrics, self.samples) if self.rank == 0 else ():
-                lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state["step"]]
+                lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []  # whole ones
+                kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
                 write_atomically(log, "".join(line + "\n" for line in kept))
             self.say(f"resumed from {folder}")
             return state
-        raise BadInput(f"--resume {self.folder}: no checkpoint there can be read; start again without --resume")
+        raise BadInput(f"--resume {self.cfg.resume}: no checkpoint there can be read; start again without --resume")
 
     def interrupted(self, step: int) -> int:
         """Say how to go on; the exit code."""
@@ -1160,7 +1166,6 @@ class Run:
             before = evaluate(self, start, prompter, 0)
         self.bar.close()
         if self.cfg.check:
-            shutil.rmtree(self.folder, ignore_errors=True)
             self.say("check passed")
             return 0
         for name, value in after.items():
@@ -1208,9 +1213,14 @@ def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
         return code
 
     try:
-        return train(parse_config(config, argv))
+        cfg = parse_config(config, argv)
+        with tempfile.TemporaryDirectory() as temporary:
+            cfg.out = temporary if cfg.check else cfg.out
+            return train(cfg)
     except BadInput as error:
         return fail(str(error), 2)
+    except FloatingPointError as error:
+        return fail(str(error), 1)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise
@@ -1259,7 +1269,12 @@ def parse_config(config: type, argv: list[str] | None = None):
         newest = max(runs, key=lambda path: path.stat().st_mtime, default=Path("auto/run.json"))
         folder = newest.parent if given.resume == "auto" else Path(given.resume)
         need((folder / "run.json").is_file(), f"--resume {folder}: no run.json there; name the folder of a run")
-        saved = read_json(folder / "run.json")["config"]
+        need(not given.out, f"--resume {folder} goes on in that folder; leave --out {given.out} out")
+        run = read_json(folder / "run.json")
+        other = run.get("script", script)
+        need(other == script, f"--resume {folder} is a run of {other}, not of {script}")
+        saved = {name: value for name, value in run.get("config", {}).items() if name in flags}
+        need(saved, f"--resume {folder}: run.json there holds no settings")
         parser.set_defaults(**saved)
         given = parser.parse_args(argv)
         given.resume, given.out = str(folder), ""

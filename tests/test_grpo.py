@@ -191,7 +191,7 @@ def test_gradient_does_not_depend_on_split_order_or_ranks(model, batch, aggregat
 def test_on_policy_gradient_is_reinforce(model, batch):
     """One update per rollout: - sum_i A_i sum_t grad log pi / N, by autograd on plain log-softmax."""
     done, advantages = batch
-    [ours] = gradient_of(model, done, advantages)
+    [ours] = gradient_of(model, done, advantages, aggregation="token")
     model.zero_grad()
     num_tokens, loss = sum(len(c.tokens) for c in done), 0.0
     for c, advantage in zip(done, advantages, strict=True):

@@ -19,7 +19,7 @@ TEXTS = {"README.md": README, "models/README.md": (ROOT / "models" / "README.md"
 TEXTS |= {name: module.__doc__ for name, module in SCRIPTS.items()}
 COMMANDS = sorted(
     {
-        (script, line.partition(" #")[0].partition(" && ")[0].strip())
+        (script, line.partition(" #")[0].strip())
         for text in TEXTS.values()
         for line in re.sub(r"\\\n\s*", "", text).splitlines()
         for script in SCRIPTS
