@@ -1036,6 +1036,8 @@ class Run:
         self.bar = tqdm(total=cfg.steps, disable=None if self.rank == 0 else True, unit="step")
 
     def find_folder(self) -> Path:
+        if self.cfg.resume:
+            need(checkpoints(Path(self.cfg.resume)), f"--resume {self.cfg.resume}: no checkpoint there; start again")
         if self.cfg.check or self.cfg.resume:
             return Path(self.cfg.out if self.cfg.check else self.cfg.resume)
         default = f"out/{Path(__file__).stem}-{self.cfg.task.partition(':')[0]}-{self.cfg.seed}"
@@ -1278,7 +1280,7 @@ def parse_config(config: type, argv: list[str] | None = None):
         parser.set_defaults(**saved)
         given = parser.parse_args(argv)
         given.resume, given.out = str(folder), ""
-        names = [n for n in ("model", "task", "seed", "group_size") if n in flags]
+        names = [n for n in ("model", "task", "seed", "group_size") if n in saved]
         differ = [f"--{n} {saved[n]} there, {getattr(given, n)} here" for n in names if getattr(given, n) != saved[n]]
         need(not differ, f"--resume {folder} is another run ({'; '.join(differ)}); leave out what differs")
     for name, f in flags.items():

@@ -23,7 +23,8 @@ import torch  # noqa: E402
 # on --steps, so that a run which is made longer equals one that was long from the start.
 SAME = "--steps 2 --batch_size 8 --max_new_tokens 40 --eval_problems 2 --eval_samples 2 --warmup_steps 10"
 SMALL = {
-    "grpo": f"{SAME} --no-decay --aggregation token --group_size 4 --overlong_cache 40",  # so that a random model's rewards differ
+    # rewards of a random model that differ, and a loss that is not 0 by construction
+    "grpo": f"{SAME} --no-decay --aggregation token --group_size 4 --overlong_cache 40",
     "sft": SAME,
 }
 

@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 
 both = pytest.mark.parametrize("script", SMALL)
 NAMES = {"grpo": "out/grpo-countdown-0", "sft": "out/sft-countdown-0"}
-HARD = "--lr 0.01 --updates 2 --kl_coef 0.1 --ref_every 1 --dynamic_sampling 1"  # everything that a resumed run must restore
+# everything that a resumed run must restore
+HARD = "--lr 0.01 --updates 2 --kl_coef 0.1 --ref_every 1 --dynamic_sampling 1"
 
 
 def module(script):
