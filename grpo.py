@@ -963,7 +963,7 @@ class Prompter:
 
 def rollout(
     model: Model, prompter: Prompter, numbered: list[tuple[int, dict]], group_size: int, max_new_tokens: int,
-    stream: tuple[int, int], temperature: float, max_rows: int = 512, **score_options,
+    stream: tuple[int, int], temperature: float, max_rows: int = 256, **score_options,
 ) -> list[Completion]:  # fmt: skip
     """Sample `group_size` completions of each (number, problem) and score them; groups are contiguous.
 
