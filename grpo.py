@@ -1055,6 +1055,7 @@ class Run:
         if self.signal:  # the second one: leave at once
             os._exit(128 + number)
         self.signal = number
+        self.say("stopping after this step; once more leaves at once")
 
     def gather(self, value) -> list:
         """The values of all ranks, in rank order, on every rank."""
@@ -1115,7 +1116,8 @@ class Run:
             about |= {"chosen": chosen, "device": str(self.device), "dtype": str(self.dtype), "ranks": self.world}
             about["versions"] = {name: version(name) for name in ("torch", "tokenizers", "numpy")}
             write_atomically(self.folder / "run.json", json.dumps(about, indent=2))
-            shutil.copyfile(__file__, self.folder / Path(__file__).name)
+            if not cfg.resume:
+                shutil.copyfile(__file__, self.folder / Path(__file__).name)
         why = "as asked" if cfg.device != "auto" else "found" if self.device.type != "cpu" else "no CUDA device"
         plan = memory_plan(
             model, cfg.batch_size // self.world, cfg.max_new_tokens + 256, cfg.micro_batch_tokens, self.dtype
@@ -1210,9 +1212,12 @@ class Run:
             unfinished = folder.with_suffix(".tmp")
             for stale in self.folder.glob("step-*.tmp"):
                 shutil.rmtree(stale)
-            save_model(model, unfinished)
             state = {"step": step, "world": self.world, "optimizer": optimizer.state_dict(), **extra}
-            torch.save(state, unfinished / "trainer.pt")
+            try:
+                save_model(model, unfinished)
+                torch.save(state, unfinished / "trainer.pt")
+            except (OSError, RuntimeError, SafetensorError) as error:  # a full disk
+                raise OSError(f"{folder} cannot be written ({first_line(error)}); the one before is whole") from None
             if folder.exists():
                 shutil.rmtree(folder)
             unfinished.rename(folder)
@@ -1236,7 +1241,9 @@ class Run:
             if state["world"] != self.world:
                 self.say(f"note: a run of {state['world']} rank(s) goes on with {self.world}")
             for log in (self.metrics, self.samples) if self.rank == 0 else ():
-                lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []  # whole ones
+                if not log.exists():
+                    continue
+                lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # whole ones
                 kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
                 write_atomically(log, "".join(line + "\n" for line in kept))
             self.say(f"resumed from {folder}")
@@ -1315,7 +1322,7 @@ def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
             return train(cfg)
     except BadInput as error:
         return fail(str(error), 2)
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         return fail(str(error), 1)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
