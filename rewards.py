@@ -273,8 +273,8 @@ def random_tree(pool: list[Fraction], operators: str, rng: random.Random) -> Fra
 Item = tuple[Fraction, str, int]  # value, expression, how tightly it binds: 1 sum, 2 product, 3 number
 
 
-def combinations(pool: list[Item], operators: str) -> Iterator[tuple[list[Item], str]]:
-    """Every pool with two items of this one replaced by their combination, which is last, and that step."""
+def combinations(pool: list[Item], operators: str) -> Iterator[list[Item]]:
+    """Every pool with two items of this one replaced by their combination, which is last."""
     for i, j in itertools.permutations(range(len(pool)), 2):
         (a, left, left_rank), (b, right, right_rank) = pool[i], pool[j]
         rest = [item for k, item in enumerate(pool) if k not in (i, j)]
@@ -283,7 +283,7 @@ def combinations(pool: list[Item], operators: str) -> Iterator[tuple[list[Item],
             if value is not None:  # brackets only where precedence needs them
                 x = f"({left})" if left_rank < rank else left
                 y = f"({right})" if right_rank < rank or (right_rank == rank and op in "-/") else right
-                yield [*rest, (value, x + op + y, rank)], f"{a}{op}{b}={value}"
+                yield [*rest, (value, x + op + y, rank)]
 
 
 def solve_countdown(numbers: Sequence[int], target: int) -> str | None:
@@ -301,30 +301,51 @@ def solve_countdown(numbers: Sequence[int], target: int) -> str | None:
         if values in visited:
             return None
         visited.add(values)
-        return next(filter(None, (search(rest) for rest, _ in combinations(pool, "+-*/"))), None)
+        return next(filter(None, (search(rest) for rest in combinations(pool, "+-*/"))), None)
 
     return search([(Fraction(n), str(n), 3) for n in numbers])
 
 
+def operations(expression: str) -> Iterator[tuple[str, str]]:
+    """The operations of an expression over whole numbers, in reading order, each with what is left after it.
+
+    >>> list(operations("2*(9-4)+7"))
+    [('9-4', '2*5+7'), ('2*5', '10+7'), ('10+7', '17')]
+    """
+    while not expression.isdigit():
+        inner = re.search(r"\([^()]+\)", expression) or re.search(".+", expression)
+        found = re.search(r"(\d+)([*/])(\d+)", inner[0]) or re.search(r"(\d+)([+-])(\d+)", inner[0])
+        value = apply_operator(found[2], Fraction(found[1]), Fraction(found[3]))
+        rest = inner[0].replace(found[0], str(value), 1)
+        expression = expression.replace(inner[0], rest.strip("()") if rest.strip("()").isdigit() else rest, 1)
+        yield found[0], expression
+
+
 @functools.lru_cache(maxsize=4096)
 def countdown_attempts(numbers: tuple[int, ...], operators: str, limit: int) -> list[tuple[int, str, str]]:
-    """Every way to combine all `numbers` through integers in 0..limit: (value, expression, steps).
+    """Every way to combine all `numbers` through integers in 0..limit: (value, first operation, expression=...=value).
 
     >>> countdown_attempts((2, 3), "-*", 99)
     [(1, '3-2', '3-2=1'), (6, '2*3', '2*3=6'), (6, '3*2', '3*2=6')]
     """
     found = set()
 
-    def visit(pool: list[Item], steps: list[str]) -> None:
+    def visit(pool: list[Item]) -> None:
         if len(pool) == 1:
-            found.add((int(pool[0][0]), pool[0][1], ",".join(steps)))
-        for after, step in combinations(pool, operators):
+            found.add(pool[0][1])
+        for after in combinations(pool, operators):
             value = after[-1][0]
             if value.denominator == 1 and 0 <= value <= limit:
-                visit(after, [*steps, step])
+                visit(after)
 
-    visit([(Fraction(n), str(n), 3) for n in numbers], [])
-    return sorted(found)
+    visit([(Fraction(n), str(n), 3) for n in numbers])
+    attempts = []
+    for expression in sorted(found):
+        done, left = zip(*operations(expression), strict=True)
+        chain = "=".join([expression, *left])
+        if all(int(n) <= limit for n in re.findall(r"\d+", chain)):  # 10*(10/5) reads 10*10/5
+            attempts.append((int(left[-1]), done[0], chain))
+    return sorted(attempts)
 
 
 @dataclass
@@ -382,28 +403,32 @@ class Countdown:
         return score_countdown(text, problem["numbers"], problem["target"], **kwargs)
 
     def trace(self, problem: dict, rng: random.Random) -> str:
-        """A search in words: one try a line, then the answer, which repeats the last try.
+        """A depth-first search in words: one try a line, then the answer, which repeats the last try.
 
-        A try is the whole expression, its steps, and its value against the target. Some traces end on a miss.
+        A try is the whole expression, worked out step by step, and compared with the target. Tries with the same
+        first operation stand together, all in random order. Some traces end on a miss.
         """
         target, numbers = problem["target"], tuple(sorted(problem["numbers"]))
         attempts = countdown_attempts(numbers, self.operators, 99)  # numbers up to 99 are single tokens
-        hits, misses = ([a for a in attempts if (a[0] == target) == want] for want in (True, False))
-        solved = hits and rng.random() >= self.give_up
-        few, many = ((0, 3), (4, 19)) if solved else ((1, 2), (3, 20))
-        wrong = rng.randint(*(few if rng.random() < 0.75 else many))
-        tries = rng.sample(misses, min(len(misses), wrong))
-        if solved or not tries:
-            tries.append(rng.choice(hits))
-        lines = [f"{text}:{steps}{'>=<'[(v <= target) + (v < target)]}{target}\n" for v, text, steps in tries]
+        firsts = sorted({first for _, first, _ in attempts})
+        rank = dict(zip(firsts, rng.sample(range(len(firsts)), len(firsts)), strict=True))
+        attempts = sorted(attempts, key=lambda attempt: (rank[attempt[1]], rng.random()))
+        misses = [attempt for attempt in attempts if attempt[0] != target]
+        hit = next((i for i, attempt in enumerate(attempts) if attempt[0] == target), None)
+        if hit is None or (misses and rng.random() < self.give_up):
+            tries = misses[: rng.randint(1, 6)]
+        else:  # seen from a few tries before its end, so that the short ones are many
+            wrong = rng.randint(0, 3) if rng.random() < 0.75 else 29
+            tries = attempts[max(0, hit - wrong) : hit + 1]
+        lines = [f"{text}{'>=<'[(v <= target) + (v < target)]}{target}\n" for v, _, text in tries]
         lines[1:] = [("wait" if rng.random() < 0.25 else "") + line for line in lines[1:]]
-        return "".join(lines) + f"</think><answer>{tries[-1][1]}</answer>"
+        return "".join(lines) + f"</think><answer>{tries[-1][2].partition('=')[0]}</answer>"
 
     def describe(self, text: str, problem: dict) -> dict:
         """What the completion did: tries, different ones, and whether it stopped on a marked miss."""
         thought, closed, _ = text.partition("</think>")
-        lines = [line.removeprefix("wait") for line in thought.split("\n") if ":" in line]
-        distinct = {line.partition(":")[0] for line in lines}
+        lines = [line.removeprefix("wait") for line in thought.split("\n") if "=" in line]
+        distinct = {line.partition("=")[0] for line in lines}
         hit = f"={problem['target']}={problem['target']}"
         gave_up = bool(closed and lines) and not lines[-1].endswith(hit)
         return {"tries": len(lines), "distinct_tries": len(distinct), "gave_up": gave_up}

@@ -41,7 +41,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from difflib import get_close_matches
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
@@ -93,6 +93,7 @@ class Config:
     seed: int = flag(0, "seed of data, weights and sampling")
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto is cuda where there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "of the products; weights stay float32")
+    checkpointing: Literal["auto", "on", "off"] = flag("auto", "recompute layers going backward; auto: from 1 B on")
     timeout: int = flag(10, "minutes after which a rank that hangs ends the run", 1)
     out: str = flag("", "run folder, none = the next free out/sft-TASK-SEED")
     resume: str = flag("", "run folder to go on with, or auto for the newest")
@@ -103,7 +104,7 @@ BY_SIZE = {  # parameters: below 10 M (made here), below 1 B, above (lr: open-r1
     "lr": (2e-3, 1e-4, 2e-5),
     "batch_size": (64, 64, 64),
     "max_new_tokens": (448, 512, 1024),
-    "micro_batch_tokens": (4096, 4096, 16384),
+    "micro_batch_tokens": (1024, 1024, 16384),
 }
 WORDS = "<pad> <eos> <unk> <think> </think> <answer> </answer> <score> <bot> <eot> <latent> wait".split()
 
@@ -224,6 +225,8 @@ def train(cfg: Config) -> int:
     """Algorithm: for each step, draw a batch, count its trained tokens N, descend eq. 1."""
     run = Run(cfg)
     need(cfg.hidden_size % 32 == 0, f"--hidden_size {cfg.hidden_size} is no multiple of 32, the size of a head")
+    own_size = cfg.num_layers == Config.num_layers and cfg.hidden_size == Config.hidden_size
+    need(own_size or cfg.model == "scratch", f"--num_layers and --hidden_size are for scratch, not {cfg.model}")
     if cfg.model == "scratch":
         scratch = tempfile.TemporaryDirectory()
         make_tiny(Path(scratch.name), cfg)
@@ -615,7 +618,8 @@ def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0, top_k: int = 0) -
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)  # (B, V)
         drop = torch.zeros_like(ordered, dtype=torch.bool)
         if top_p < 1:
-            drop |= ordered.cumsum(-1) - ordered >= top_p  # the mass before this token
+            before = ordered.cumsum(-1) - ordered  # the mass before this token
+            drop |= (before >= top_p) & (before > 0)
         if top_k:
             drop[:, top_k:] = True
         probs = probs.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), 0.0)
@@ -697,9 +701,14 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as error:
-        print(f"note: CUDA graph capture failed ({first_line(error)}); decoding eagerly", flush=True)
+        note_once(f"note: CUDA graph capture failed ({first_line(error)}); decoding eagerly")
         return step
     return graph.replay
+
+
+@lru_cache
+def note_once(text: str) -> None:
+    print(text, flush=True)
 
 
 def cut_at_stop(s: Decoding, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
@@ -712,6 +721,13 @@ def cut_at_stop(s: Decoding, tokenizer: Tokenizer, stop: tuple[str, ...]) -> Non
             if any(word in text for word in stop):
                 s.lengths[row], s.finished[row] = end, True
                 break
+
+
+def rows_at_once(model: Model, capacity: int) -> int:
+    """How many rows of `capacity` tokens to sample together: at most 256, with a cache of at most 1 GB (GPU: 20)."""
+    heads, layers = model.config["num_key_value_heads"], model.config["num_hidden_layers"]
+    per_row = 2 * layers * heads * model.head_dim * capacity * (model.compute_dtype or torch.float32).itemsize
+    return max(1, min(256, int((1e9 if model.lm_head.weight.device.type == "cpu" else 20e9) / per_row)))
 
 
 @torch.inference_mode()
@@ -870,16 +886,17 @@ class Prompter:
 
 def rollout(
     model: Model, prompter: Prompter, numbered: list[tuple[int, dict]], group_size: int, max_new_tokens: int,
-    stream: tuple[int, int], temperature: float, max_rows: int = 256, **score_options,
+    stream: tuple[int, int], temperature: float, **score_options,
 ) -> list[Completion]:  # fmt: skip
     """Sample `group_size` completions of each (number, problem) and score them; groups are contiguous.
 
     stream is (seed, step): with the numbers of prompt and completion it names the random numbers that are used.
     """
-    done, per_batch = [], max(1, max_rows // group_size)
+    done, encoded = [], [prompter.encode(prompter.text(p)) for _, p in numbered]
+    per_batch = max(1, rows_at_once(model, max(map(len, encoded), default=0) + max_new_tokens) // group_size)
     for start in range(0, len(numbered), per_batch):
         part = [(n, p) for n, p in numbered[start : start + per_batch] for _ in range(group_size)]
-        prompts = [prompter.encode(prompter.text(p)) for _, p in part[::group_size]]
+        prompts = encoded[start : start + per_batch]
         numbers = [row_uniforms(*stream, n, i % group_size, max_new_tokens) for i, (n, _) in enumerate(part)]
         uniforms = torch.from_numpy(np.stack(numbers))
         s = generate(model, prompts, uniforms, temperature, stop=prompter.stop, tokenizer=prompter.tokenizer)
@@ -991,7 +1008,9 @@ class Run:
         """The model to train, and the one to sample from: the same, or a copy in bfloat16 (see `refresh`)."""
         self.on_rank_0(lambda: resolve_model(name))  # one downloads, then all find it in the cache
         model = load_model(resolve_model(name), self.device)
-        model.compute_dtype, model.checkpointing = self.dtype, num_parameters(model) > 100e6
+        large = num_parameters(model) >= 1e9
+        model.checkpointing = large if self.cfg.checkpointing == "auto" else self.cfg.checkpointing == "on"
+        model.compute_dtype = self.dtype
         if self.dtype == torch.float32:
             return model, model
         return model, copy.deepcopy(model).to(self.dtype).requires_grad_(False)
@@ -1020,15 +1039,16 @@ class Run:
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         if self.rank == 0 and not cfg.check:  # also when resuming: flags may have changed
             about = {"script": Path(__file__).name, "command": " ".join(sys.argv), "config": asdict(cfg)}
+            if cfg.resume:  # the first start chose
+                chosen |= read_json(self.folder / "run.json").get("chosen", {})
             about |= {"chosen": chosen, "device": str(self.device), "dtype": str(self.dtype), "ranks": self.world}
             about["versions"] = {name: version(name) for name in ("torch", "tokenizers", "numpy")}
             write_atomically(self.folder / "run.json", json.dumps(about, indent=2))
             if not cfg.resume:
                 shutil.copyfile(__file__, self.folder / Path(__file__).name)
         why = "as asked" if cfg.device != "auto" else "found" if self.device.type != "cpu" else "no CUDA device"
-        plan = memory_plan(
-            model, cfg.batch_size // self.world, cfg.max_new_tokens + 256, cfg.micro_batch_tokens, self.dtype
-        )
+        capacity = len(prompter.encode(example)) + cfg.max_new_tokens
+        plan = memory_plan(model, rows_at_once(model, capacity), capacity, cfg.micro_batch_tokens, self.dtype)
         self.say(
             f"device {self.device} ({why}), products in {self.dtype}, {self.world} rank(s)\n"
             f"model  {cfg.model}: {num_parameters(model) / 1e6:.2f} M parameters from {model.folder}\n"
@@ -1168,6 +1188,7 @@ class Run:
 
     def finish(self, model: Model, prompter: Prompter) -> int:
         """Evaluate what came out and what it started from, print both, and where everything lies; the exit code."""
+        self.signal = -1  # all is saved: from here on Ctrl-C leaves at once
         after, script = evaluate(self, model, prompter, self.cfg.steps), Path(__file__).name
         before = after
         if self.cfg.steps:  # --steps 0 only evaluates
@@ -1182,8 +1203,9 @@ class Run:
             if not name.endswith("_se"):
                 errors = [f" +- {m[name + '_se']:.3f}" if name + "_se" in m else "" for m in (before, after)]
                 self.say(f"{name:28}{before[name]:8.3f}{errors[0]} -> {value:8.3f}{errors[1]}")
+        logs = ", ".join(str(log) for log in (self.metrics, self.samples) if log.exists())
         self.say(
-            f"model   {(checkpoints(self.folder) or [model.folder])[-1]}\nlog     {self.metrics}, {self.samples}\n"
+            f"model   {(checkpoints(self.folder) or [model.folder])[-1]}\nlog     {logs}\n"
             f"go on   python {script} --resume {self.folder} --steps {2 * self.cfg.steps}\n"
             f"report  python docs/report.py {self.folder}"
         )

@@ -2,6 +2,7 @@
 
 import doctest
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -486,6 +487,23 @@ def test_countdown_problems_are_solvable_and_in_range():
         rewards.Countdown(low=1, high=1, min_target=98).problem("train", 0, 0)
 
 
+@pytest.mark.parametrize(
+    "expression, done, left",
+    [
+        ("2+3*4", ["3*4", "2+12"], ["2+12", "14"]),
+        ("12*3+2*3", ["12*3", "2*3", "36+6"], ["36+2*3", "36+6", "42"]),
+        ("9-4+2", ["9-4", "5+2"], ["5+2", "7"]),
+        ("8/(3-2)*5", ["3-2", "8/1", "8*5"], ["8/1*5", "8*5", "40"]),
+        ("(1+2)*(3+(4-2))", ["1+2", "4-2", "3+2", "3*5"], ["3*(3+(4-2))", "3*(3+2)", "3*5", "15"]),
+        ("(5-2-1)*3", ["5-2", "3-1", "2*3"], ["(3-1)*3", "2*3", "6"]),
+    ],
+)
+def test_operations_of_an_expression(expression, done, left):
+    assert list(rewards.operations(expression)) == list(zip(done, left, strict=True))
+    value = rewards.parse_expression(expression)[0]
+    assert all(rewards.parse_expression(rest)[0] == value for rest in left)
+
+
 def test_countdown_attempts():
     assert rewards.countdown_attempts((2, 3), "-*", 99) == [
         (1, "3-2", "3-2=1"),
@@ -494,15 +512,18 @@ def test_countdown_attempts():
     ]
     assert rewards.countdown_attempts((2, 3), "*", 5) == []  # 6 is above the limit
     attempts = rewards.countdown_attempts((2, 3, 4), "+-*/", 99)
-    assert (14, "2+3*4", "3*4=12,2+12=14") in attempts and (20, "(2+3)*4", "2+3=5,5*4=20") in attempts
-    assert (3, "4-(3-2)", "3-2=1,4-1=3") in attempts and (6, "4/2*3", "4/2=2,2*3=6") in attempts
-    assert attempts == sorted(set(attempts))
-    for value, expression, steps in attempts:
-        assert rewards.parse_expression(expression)[0] == value
-        assert sorted(rewards.parse_expression(expression)[1]) == [2, 3, 4]
-        for step in steps.split(","):  # every step is a whole number in range, and true
-            left, _, right = step.partition("=")
-            assert rewards.parse_expression(left)[0] == int(right) and 0 <= int(right) <= 99
+    assert (14, "3*4", "2+3*4=2+12=14") in attempts and (20, "2+3", "(2+3)*4=5*4=20") in attempts
+    assert (3, "3-2", "4-(3-2)=4-1=3") in attempts and (6, "4/2", "4/2*3=2*3=6") in attempts
+    assert not any("10*10" in chain for _, _, chain in rewards.countdown_attempts((5, 10, 10), "+-*/", 99))
+    for numbers in ((2, 3, 4), (1, 1, 5, 10)):
+        attempts = rewards.countdown_attempts(numbers, "+-*/", 99)
+        assert attempts == sorted(set(attempts))
+        for value, first, chain in attempts:
+            expression, *left = chain.split("=")
+            assert sorted(rewards.parse_expression(expression)[1]) == list(numbers) and first in expression
+            assert len(left) == len(numbers) - 1 and left[-1] == str(value)
+            assert all(rewards.parse_expression(rest)[0] == value for rest in left)
+            assert all(0 <= int(n) <= 99 for n in re.findall("[0-9]+", chain))
 
 
 def test_countdown_traces():
@@ -515,9 +536,9 @@ def test_countdown_traces():
         lines, _, answer = trace.partition("</think>")
         lines = lines.splitlines()
         assert answer == f"<answer>{parts['answer']}</answer>" and parts["format"] == 1.0
-        expressions = [line.removeprefix("wait").partition(":")[0] for line in lines]
+        expressions = [line.removeprefix("wait").partition("=")[0] for line in lines]
         assert expressions[-1] == parts["answer"]  # the last try is the answer
-        assert (seen["tries"], seen["distinct_tries"]) == (len(lines), len(set(expressions))) and len(lines) <= 20
+        assert (seen["tries"], seen["distinct_tries"]) == (len(lines), len(lines)) and len(lines) <= 30
         assert seen["gave_up"] == (not parts["correct"])
         for line in lines[:-1]:  # only the last try may hit
             assert f"={problem['target']}={problem['target']}" not in line
@@ -527,6 +548,11 @@ def test_countdown_traces():
         tries.append(len(lines))
     assert 0.27 < 1 - solved / 600 < 0.39  # give_up
     assert 0.2 < waits / (sum(tries) - 600) < 0.3 and max(tries) > 10
+    # depth first: tries with the same first operation stand together
+    attempts = {chain: first for _, first, chain in rewards.countdown_attempts((2, 3, 4), "+-*/", 99)}
+    lines = rewards.Countdown(give_up=0.0).trace({"numbers": [2, 3, 4], "target": 98}, random.Random(0)).splitlines()
+    firsts = [attempts[re.sub("^wait|[<>=][0-9]+$", "", line)] for line in lines if line.endswith("98")]
+    assert len(firsts) > 1 and len(list(itertools.groupby(firsts))) == len(set(firsts))
     problem = task.problem("train", 0, 0)
     never, always = rewards.Countdown(give_up=0.0), rewards.Countdown(give_up=1.0)
     assert never.score(never.trace(problem, random.Random(0)), problem)["correct"]
@@ -539,7 +565,7 @@ def test_countdown_streams_stay():
     for i in range(500):
         problem = task.problem("train", 0, i)
         text += task.compact(problem) + task.trace(problem, random.Random(f"trace {i}"))
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "0bfb73c511e363cc"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "bffb106bb3f6f5ec"
 
 
 def test_countdown_trace_marks():
@@ -557,9 +583,9 @@ def test_countdown_trace_marks():
     "text, expected",
     [
         ("", (0, 0, False)),
-        ("1+2+3:1+2=3,3+3=6>5\nwait2*3-1:2*3=6,6-1=5=5\n</think><answer>2*3-1</answer>", (2, 2, False)),
-        ("1+2+3:1+2=3,3+3=6>5\nwait1+2+3:1+2=3,3+3=6>5\n</think><answer>1+2+3</answer>", (2, 1, True)),
-        ("1+2+3:1+2=3,3+3=6>5\n", (1, 1, False)),  # cut off, not given up
+        ("1+2+3=3+3=6>5\nwait2*3-1=6-1=5=5\n</think><answer>2*3-1</answer>", (2, 2, False)),
+        ("1+2+3=3+3=6>5\nwait1+2+3=3+3=6>5\n</think><answer>1+2+3</answer>", (2, 1, True)),
+        ("1+2+3=3+3=6>5\n", (1, 1, False)),  # cut off, not given up
         ("nothing to see\n</think>", (0, 0, False)),
     ],
 )

@@ -26,7 +26,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FREE = {"Config", "train", "BY_SIZE"}  # top-level names that may differ from script to script
 MAX_LINES = 1400  # of a file, on screen
-MAX_SHARED = 760  # lines of code (no blank lines, comments, docstrings) in all blocks of a script
+MAX_SHARED = 775  # lines of code (no blank lines, comments, docstrings) in all blocks of a script
 MAX_OWN = {"grpo.py": 275, "sft.py": 210}  # lines of code outside the blocks
 DEFAULT_OWN = 300
 NOTE = "(same text in every script that has it; see tests/test_shared_blocks.py)"
