@@ -342,8 +342,8 @@ def train(cfg: Config) -> int:
     if "batch_size" in chosen:  # fit it to the groups
         unit = cfg.group_size * cfg.updates
         chosen["batch_size"] = cfg.batch_size = max(1, cfg.batch_size // unit) * unit
-    most = f"--overlong_cache {cfg.overlong_cache} must lie below --max_new_tokens {cfg.max_new_tokens}"
-    need(cfg.overlong_cache < cfg.max_new_tokens, most)
+    most = f"--overlong_cache {cfg.overlong_cache}: at most --max_new_tokens {cfg.max_new_tokens} is possible"
+    need(cfg.overlong_cache <= cfg.max_new_tokens, most)
     prompter = Prompter(model, make_task(cfg.task, cfg.data, natural=not model.is_tiny), cfg.chat)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
     reference = copy.deepcopy(sampler).requires_grad_(False) if cfg.kl_coef else None

@@ -180,6 +180,7 @@ def test_metrics(finished, script):
     if script == "grpo":
         wanted |= {"reward", "reward_std", "frac_reward_zero_std", "completion_length", "clipped_ratio", "accuracy"}
         wanted |= {"clip_frac_low", "clip_frac_high", "kl", "seconds_sample", "seconds_train", "prompts"}
+        assert all(row["sampler_gap"] <= row["sampler_gap_max"] < 1e-4 for row in steps)
     for row in steps:
         assert wanted <= set(row), wanted - set(row)
     evaluations = {row["step"]: row for row in rows if "eval/accuracy" in row}
@@ -362,6 +363,13 @@ def test_resume_auto_takes_the_newest_run(run, cwd, script):
     os.utime(cwd / NAMES[script] / "run.json", (1, 1))
     done = run(script, "--resume auto --steps 3", model=None, base=False)
     assert done.code == 0 and f"resumed from {NAMES[script]}-2/step-000002" in done.out
+
+
+@both
+def test_checkpointing_changes_no_bit(made, cwd, script):
+    made("a", script)
+    made("b", script, "--checkpointing on")
+    same_run(cwd / "a", cwd / "b", 2)
 
 
 @pytest.mark.parametrize("half_line", ['{"step": 3, "los', '{"step": 3, "problem": {"target": 4}', "\x00\x00"])
@@ -812,6 +820,7 @@ BAD_GRPO = {
     "--temperature 0": "--temperature 0",
     "--task multiplication:max_digits=1 --eval_problems 20": "distinct held-out problems",
     "--ref_every 2": "--kl_coef",
+    "--max_new_tokens 50 --overlong_cache 51": "--overlong_cache 51: at most --max_new_tokens 50",
     "--length_schedule soon": "--length_schedule soon",
     "--length_schedule 64": "--length_schedule 64",
     "--length_schedule 64:0:1": "--length_schedule 64:0:1",
@@ -830,6 +839,7 @@ BAD_GRPO = {
     "--resume {given}/grpo-run --seed 3": "--seed",
 }
 BAD_SFT = {
+    "--model tiny --num_layers 3": "--num_layers and --hidden_size are for scratch, not tiny",
     "--max_length 1": "--max_length 1",
     "--hidden_size 16": "--hidden_size 16",
     "--model scratch --hidden_size 40": "32",
