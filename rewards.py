@@ -416,9 +416,9 @@ class Countdown:
         misses = [attempt for attempt in attempts if attempt[0] != target]
         hit = next((i for i, attempt in enumerate(attempts) if attempt[0] == target), None)
         if hit is None or (misses and rng.random() < self.give_up):
-            tries = misses[: rng.randint(1, 6)]
-        else:  # seen from a few tries before its end, so that the short ones are many
-            wrong = rng.randint(0, 3) if rng.random() < 0.75 else 29
+            tries = misses[: rng.randint(1, 4)]
+        else:  # most of them are seen from shortly before their end
+            wrong = rng.randint(0, 1) if rng.random() < 0.75 else 29
             tries = attempts[max(0, hit - wrong) : hit + 1]
         lines = [f"{text}{'>=<'[(v <= target) + (v < target)]}{target}\n" for v, _, text in tries]
         lines[1:] = [("wait" if rng.random() < 0.25 else "") + line for line in lines[1:]]

@@ -102,7 +102,7 @@ class Config:
 
 BY_SIZE = {  # parameters: below 10 M (made here), below 1 B, above (lr: open-r1 and s1 use 1e-5 to 5e-5)
     "lr": (2e-3, 1e-4, 2e-5),
-    "batch_size": (64, 64, 64),
+    "batch_size": (32, 64, 64),
     "max_new_tokens": (448, 512, 1024),
     "micro_batch_tokens": (1024, 1024, 16384),
 }
