@@ -220,9 +220,7 @@ def check_flags(cfg: Config) -> None:
         values = [limit_at(10**9, stage, 0) for stage in cfg.length_schedule.split(",") if stage]
     except ValueError:
         values = [0]
-    need(
-        all(value > 0 for value in values), f"--length_schedule {cfg.length_schedule}: value:step,value:step is needed"
-    )
+    need(min(values, default=1) > 0, f"--length_schedule {cfg.length_schedule}: value:step,value:step is needed")
 
 
 def sample_batch(run: "Run", sampler: "Model", prompter: "Prompter", step: int, drawn: int, limit: int) -> tuple:
@@ -247,40 +245,6 @@ def sample_batch(run: "Run", sampler: "Model", prompter: "Prompter", step: int, 
         if len(kept) >= cfg.batch_size:
             break
     return every, kept[: cfg.batch_size], drawn
-
-
-def in_groups(values: list, size: int) -> list[list]:
-    return [values[i : i + size] for i in range(0, len(values), size)]
-
-
-def describe_batch(done: list["Completion"], group_size: int, prompter: "Prompter") -> dict[str, float]:
-    """What was sampled, in numbers: rewards, lengths overall and by outcome, groups without signal, reflection."""
-    metrics = {"reward": mean(c.reward for c in done), "reward_std": float(np.std([c.reward for c in done], ddof=1))}
-    metrics |= {
-        "reward/format": mean(c.score["format"] for c in done),
-        "accuracy": mean(c.score["correct"] for c in done),
-    }
-    metrics |= {"tokens": sum(len(c.tokens) for c in done), "clipped_ratio": mean(not c.finished for c in done)}
-    metrics["completion_length"] = metrics["tokens"] / len(done)
-    for name, outcome in (("correct", True), ("wrong", False)):
-        some = [c for c in done if c.score["correct"] == outcome]
-        metrics[f"completion_length/{name}"] = mean(len(c.tokens) for c in some)
-        metrics[f"reflections/{name}"] = mean(reflection_count(c.text) for c in some)
-    groups = in_groups(done, group_size)
-    metrics["frac_reward_zero_std"] = mean(len({round(c.reward, 8) for c in group}) == 1 for group in groups)
-    metrics["frac_all_right"] = mean(all(c.score["correct"] for c in group) for group in groups)
-    metrics["frac_all_wrong"] = mean(not any(c.score["correct"] for c in group) for group in groups)
-    details = [prompter.describe(c) for c in done]
-    return metrics | {name: mean(d[name] for d in details) for name in details[0]}
-
-
-def training_batches(run: "Run", done: list["Completion"], rows: list[int]):
-    """(row numbers, tokens (B, T), mask (B, T)) of every micro-batch; the mask is True on sampled tokens."""
-    for part in micro_batches([len(done[i].prompt + done[i].tokens) for i in rows], run.cfg.micro_batch_tokens):
-        chosen = [rows[j] for j in part]
-        tokens = pad_rows([done[i].prompt + done[i].tokens for i in chosen], run.device, torch.long)
-        masks = [[False] * len(done[i].prompt) + [True] * len(done[i].tokens) for i in chosen]
-        yield chosen, tokens, pad_rows(masks, run.device, torch.bool)
 
 
 def update_policy(
@@ -345,7 +309,7 @@ def train(cfg: Config) -> int:
     most = f"--overlong_cache {cfg.overlong_cache}: at most --max_new_tokens {cfg.max_new_tokens} is possible"
     need(cfg.overlong_cache <= cfg.max_new_tokens, most)
     prompter = Prompter(model, make_task(cfg.task, cfg.data, natural=not model.is_tiny), cfg.chat)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     reference = copy.deepcopy(sampler).requires_grad_(False) if cfg.kl_coef else None
     prompts = cfg.batch_size // cfg.group_size
     run.open(model, prompter, chosen, f"{prompts} prompts x {cfg.group_size} completions = {cfg.batch_size} per step")
@@ -362,9 +326,8 @@ def train(cfg: Config) -> int:
         sampled = time.time()
         rewards = torch.tensor([c.reward for c in batch], dtype=torch.float64)  # (B,)
         advantages = group_advantages(rewards, cfg.group_size, cfg.advantage).tolist() if batch else []
-        lr = cfg.lr * min(
-            1.0, step / max(1, cfg.warmup_steps), (1 + cfg.steps - step) / cfg.steps if cfg.decay else 1.0
-        )
+        left = (1 + cfg.steps - step) / cfg.steps if cfg.decay else 1.0
+        lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps), left)
         metrics = describe_batch(every, cfg.group_size, prompter)
         metrics |= update_policy(run, model, reference, optimizer, batch, advantages, lr, limit)
         run.refresh(sampler, model)
@@ -428,18 +391,21 @@ class Cache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, K, T, D) behind each row's length; this layer's keys and values, (B, K, width, D)."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        slots = self.lengths[:, None] + torch.arange(k.shape[2], device=k.device)  # (B, T)
-        self.keys[layer][rows, :, slots] = k.transpose(1, 2)
-        self.values[layer][rows, :, slots] = v.transpose(1, 2)
+        if layer == 0:  # the same slots in every layer
+            self.rows = torch.arange(len(k), device=k.device)[:, None]
+            self.slots = self.lengths[:, None] + torch.arange(k.shape[2], device=k.device)  # (B, T)
+        self.keys[layer][self.rows, :, self.slots] = k.transpose(1, 2)
+        self.values[layer][self.rows, :, self.slots] = v.transpose(1, 2)
         return self.keys[layer, :, :, : self.width], self.values[layer, :, :, : self.width]
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order, repeats allowed; only what lies within `width` is copied."""
+        """Keep these rows, in this order, repeats allowed; fewer rows stay in the memory that is there."""
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:1], len(rows), *old.shape[2:])
-            new[:, :, :, : self.width] = old[:, rows, :, : self.width]
+            kept = old[:, rows, :, : self.width]
+            grown = len(rows) > old.shape[1]
+            new = old.new_zeros(len(old), len(rows), *old.shape[2:]) if grown else old[:, : len(rows)]
+            new[:, :, :, : self.width] = kept
             setattr(self, name, new)
         self.lengths = self.lengths[rows]
 
@@ -1026,6 +992,7 @@ def evaluate(run: "Run", model: Model, prompter: Prompter, step: int) -> dict[st
     metrics |= {f"pass@{2**i}": mean(pass_at_k(k, c, 2**i) for c in counts) for i in range(k.bit_length())}
     metrics |= {"format": mean(c.score["format"] for c in done), "clipped_ratio": mean(not c.finished for c in done)}
     metrics["completion_length"] = mean(len(c.tokens) for c in done)
+    metrics["entropy"] = -mean(p for c in done for p in c.logprobs)  # of the sampling distribution, nats a token
     details = [prompter.describe(c) for c in done]
     metrics |= {name: mean(d[name] for d in details) for name in details[0]}
     if "gave_up" in metrics:
@@ -1048,6 +1015,42 @@ def escaped(text: str) -> str:
 
 
 # <<< shared: rollout
+
+
+# >>> shared: batch (same text in every script that has it; see tests/test_shared_blocks.py)
+def in_groups(values: list, size: int) -> list[list]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def describe_batch(done: list[Completion], group_size: int, prompter: Prompter) -> dict[str, float]:
+    """What was sampled, in numbers: rewards, lengths overall and by outcome, groups without signal, reflection."""
+    metrics = {"reward": mean(c.reward for c in done), "reward_std": float(np.std([c.reward for c in done], ddof=1))}
+    metrics |= {"reward/format": mean(c.score["format"] for c in done)}
+    metrics |= {"accuracy": mean(c.score["correct"] for c in done)}
+    metrics |= {"tokens": sum(len(c.tokens) for c in done), "clipped_ratio": mean(not c.finished for c in done)}
+    metrics["completion_length"] = metrics["tokens"] / len(done)
+    for name, outcome in (("correct", True), ("wrong", False)):
+        some = [c for c in done if c.score["correct"] == outcome]
+        metrics[f"completion_length/{name}"] = mean(len(c.tokens) for c in some)
+        metrics[f"reflections/{name}"] = mean(reflection_count(c.text) for c in some)
+    groups = in_groups(done, group_size)
+    metrics["frac_reward_zero_std"] = mean(len({round(c.reward, 8) for c in group}) == 1 for group in groups)
+    metrics["frac_all_right"] = mean(all(c.score["correct"] for c in group) for group in groups)
+    metrics["frac_all_wrong"] = mean(not any(c.score["correct"] for c in group) for group in groups)
+    details = [prompter.describe(c) for c in done]
+    return metrics | {name: mean(d[name] for d in details) for name in details[0]}
+
+
+def training_batches(run: "Run", done: list[Completion], rows: list[int]):
+    """(row numbers, tokens (B, T), mask (B, T)) of every micro-batch; the mask is True on sampled tokens."""
+    for part in micro_batches([len(done[i].prompt + done[i].tokens) for i in rows], run.cfg.micro_batch_tokens):
+        chosen = [rows[j] for j in part]
+        tokens = pad_rows([done[i].prompt + done[i].tokens for i in chosen], run.device, torch.long)
+        masks = [[False] * len(done[i].prompt) + [True] * len(done[i].tokens) for i in chosen]
+        yield chosen, tokens, pad_rows(masks, run.device, torch.bool)
+
+
+# <<< shared: batch
 
 
 # >>> shared: run (same text in every script that has it; see tests/test_shared_blocks.py)

@@ -252,7 +252,7 @@ def train(cfg: Config) -> int:
 
     groups = [{"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": cfg.weight_decay}]
     groups += [{"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     run.open(model, prompter, chosen, f"{cfg.batch_size} sequences per step")
     start = run.resume(model, optimizer)["step"] if cfg.resume else 0
     run.refresh(sampler, model)
@@ -330,18 +330,21 @@ class Cache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, K, T, D) behind each row's length; this layer's keys and values, (B, K, width, D)."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        slots = self.lengths[:, None] + torch.arange(k.shape[2], device=k.device)  # (B, T)
-        self.keys[layer][rows, :, slots] = k.transpose(1, 2)
-        self.values[layer][rows, :, slots] = v.transpose(1, 2)
+        if layer == 0:  # the same slots in every layer
+            self.rows = torch.arange(len(k), device=k.device)[:, None]
+            self.slots = self.lengths[:, None] + torch.arange(k.shape[2], device=k.device)  # (B, T)
+        self.keys[layer][self.rows, :, self.slots] = k.transpose(1, 2)
+        self.values[layer][self.rows, :, self.slots] = v.transpose(1, 2)
         return self.keys[layer, :, :, : self.width], self.values[layer, :, :, : self.width]
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order, repeats allowed; only what lies within `width` is copied."""
+        """Keep these rows, in this order, repeats allowed; fewer rows stay in the memory that is there."""
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(*old.shape[:1], len(rows), *old.shape[2:])
-            new[:, :, :, : self.width] = old[:, rows, :, : self.width]
+            kept = old[:, rows, :, : self.width]
+            grown = len(rows) > old.shape[1]
+            new = old.new_zeros(len(old), len(rows), *old.shape[2:]) if grown else old[:, : len(rows)]
+            new[:, :, :, : self.width] = kept
             setattr(self, name, new)
         self.lengths = self.lengths[rows]
 
@@ -928,6 +931,7 @@ def evaluate(run: "Run", model: Model, prompter: Prompter, step: int) -> dict[st
     metrics |= {f"pass@{2**i}": mean(pass_at_k(k, c, 2**i) for c in counts) for i in range(k.bit_length())}
     metrics |= {"format": mean(c.score["format"] for c in done), "clipped_ratio": mean(not c.finished for c in done)}
     metrics["completion_length"] = mean(len(c.tokens) for c in done)
+    metrics["entropy"] = -mean(p for c in done for p in c.logprobs)  # of the sampling distribution, nats a token
     details = [prompter.describe(c) for c in done]
     metrics |= {name: mean(d[name] for d in details) for name in details[0]}
     if "gave_up" in metrics:

@@ -3,11 +3,12 @@
     python docs/report.py out/grpo-countdown-0                      writes out/grpo-countdown-0/report.html
     python docs/report.py out/grpo-* out/nsr-* --out compare.html   runs overlaid, differing settings first
 
-The page shows each evaluation metric before and after; pass@k where k takes several values; one small panel
-per logged metric; the settings; sampled completions token by token, from the first, the middle and the last
-logged step. No script, no network, light and dark, under 1 MB: long curves are thinned (each bucket keeps its
-lowest and highest point), long completions lose their middle, and the page says what is left out. Of each
-folder, run.json, metrics.jsonl and samples.jsonl are read and never written.
+The page shows each evaluation metric before and after; pass@k of the base and of each run where k takes several
+values, as a table and over log2 k, several runs by script and mode; one small panel per logged metric; the settings;
+sampled completions token by token, from the first, the middle and the last logged step. No script, no network, light
+and dark, under 1 MB: long curves are thinned (each bucket keeps its lowest and highest point), long completions lose
+their middle, and the page says what is left out. Of each folder, run.json, metrics.jsonl and samples.jsonl are read
+and never written.
 """
 
 import argparse
@@ -118,7 +119,7 @@ def read_settings(path: Path) -> dict:
     about = parse(path.read_bytes(), str(path))
     parts = (("", "config"), ("chosen: ", "chosen"), ("version: ", "versions"))
     found = {mark + key: value for mark, part in parts for key, value in as_dict(about.get(part)).items()}
-    found |= {key: about.get(key) for key in ("device", "command")}
+    found |= {key: about.get(key) for key in ("script", "device", "command")}
     return {key: esc(value, 400) or "&ldquo;&rdquo;" for key, value in list(found.items())[-MAX_SETTINGS:]}
 
 
@@ -169,8 +170,8 @@ def smooth(points: list) -> list:
     return [(points[i][0], (total[i + r + 1] - total[i - r]) / (2 * r + 1)) for i, r in enumerate(reach)]
 
 
-def panel(title: str, lines: list, ends: tuple, names: tuple, dots: bool, most: int = 240) -> str:
-    """One figure. lines: (css, points, {x: standard error}) per run; ends, names: of the x axis."""
+def panel(title: str, lines: list, ends: tuple, names: tuple, dots: bool, most: int = 240, ticks: tuple = ()) -> str:
+    """One figure. lines: (css, points, {x: standard error}) per run; ends, names: of the x axis; ticks: (x, name)."""
     ys = [y + side * e.get(x, 0) for _, points, e in lines for x, y in points for side in (-1, 1)]
     low, high, marks, last = min(ys), max(ys), "", ""
 
@@ -193,6 +194,8 @@ def panel(title: str, lines: list, ends: tuple, names: tuple, dots: bool, most: 
     texts = (LEFT - 5, TOP + 3, num(high)), (LEFT - 5, BOTTOM + 3, num(low)), (RIGHT, BOTTOM + 13, names[1])
     labels = "".join(f'<text x="{x}" y="{y}" text-anchor="end">{text}</text>' for x, y, text in texts)
     labels += f'<text x="{LEFT}" y="{BOTTOM + 13}">{names[0]}</text>'
+    middle = f'y="{BOTTOM + 13}" text-anchor="middle"'
+    labels += "".join(f'<text x="{at(x, low)[0]}" {middle}>{text}</text>' for x, text in ticks)
     svg = f'<svg viewBox="0 0 276 108"><path class="grid" d="{grid}"/>{marks}{labels}</svg>'
     return f"<figure><figcaption><strong>{esc(title, 60)}</strong>{last}</figcaption>{svg}</figure>"
 
@@ -224,9 +227,16 @@ def table(head: list[str], rows: list[list[str]], css: str = "") -> str:
     return f'<div class="wide"><table class="{css}"><tr>{top}</tr>{body}</table></div>'
 
 
-def chip(run: Run) -> str:
-    line = f'<svg viewBox="0 0 22 8"><path class="{run.css}" d="M1,4H21"/></svg>'
-    return f'<span class="run {run.css}">{line}{esc(run.name, 60)}</span>'
+def chip(run: Run, name: str = "", css: str = "") -> str:
+    css = css or run.css
+    line = f'<svg viewBox="0 0 22 8"><path class="{css}" d="M1,4H21"/></svg>'
+    return f'<span class="run {css}">{line}{esc(name or run.name, 60)}</span>'
+
+
+def method(run: Run) -> str:
+    """Script and mode, as "nsr psr"; the folder's name where there is no run.json."""
+    script = run.settings.get("script", run.name).removesuffix(".py")
+    return f"{script} {run.settings.get('mode', '')}".strip()
 
 
 def before_after(runs: list[Run]) -> str:
@@ -245,23 +255,36 @@ def before_after(runs: list[Run]) -> str:
 
 
 def pass_at_k(runs: list[Run]) -> str:
-    """pass@k at the first and the last evaluation, as a table and against log k; "" with fewer than two k."""
+    """pass@k of the base, the first evaluation, and at the last one of each run, as a table and over log2 k; "" with
+    fewer than two k. Runs from equal bases share one line of it.
+    """
     names = {name for run in runs for name in run.series if re.fullmatch(r"eval/pass@[1-9]\d{0,6}", name)}
-    ks, rows, lines = sorted(int(name.split("@")[1]) for name in names)[:16], [], []
-    for run in runs if len(ks) > 1 else ():
-        for when, css in (0, " first"), (-1, ""):  # a single evaluation is the last one
+    ks, rows, lines, bases = sorted(int(name.split("@")[1]) for name in names)[:16], [], [], []
+    several, methods = len(runs) > 1, [method(run) for run in runs]
+    for run, name in zip(runs, methods, strict=True) if len(ks) > 1 else ():
+        name = name if methods.count(name) == 1 else f"{name} ({run.name})"
+        updates = dict(run.series.get("optimizer_steps", ()))
+        for when in (0, -1):  # a single evaluation is the last one
             found = {k: run.series.get(f"eval/pass@{k}", []) for k in ks}
             found = {k: points[when] for k, points in found.items() if len(points) > 1 + when}
-            if found:
-                step = "step " + num(max(x for x, _ in found.values()))
-                rows.append([chip(run), step, *(num(found[k][1]) if k in found else "" for k in ks)])
-                lines.append((run.css + css, [(math.log2(k), y) for k, (_, y) in found.items()], {}))
+            if not found or when == 0 and found in bases:
+                continue
+            css, label = run.css, name if several else run.name
+            if when == 0:
+                css = "base first" if several else css + " first"
+                label = label if not several else f"base of {name}" if bases else "base"
+                bases.append(found)
+            step = max(x for x, _ in found.values())
+            made = f", {num(updates[step])} updates" if step in updates else ""
+            values = (num(found[k][1]) if k in found else "" for k in ks)
+            rows.append([chip(run, label, css), f"step {num(step)}{made}", *values])
+            lines.append((css, [(math.log2(k), y) for k, (_, y) in found.items()], {}))
     if not rows:
         return ""
-    axis = (math.log2(ks[0]), math.log2(ks[-1])), (f"k = {ks[0]}", f"{ks[-1]} (log scale)")
-    chart = panel("pass@k (dashed: first evaluation)", lines, *axis, True)
+    axis, ticks = (math.log2(ks[0]), math.log2(ks[-1])), tuple((math.log2(k), k) for k in ks)
+    chart = panel("pass@k over log2 k (dashed: base)", lines, axis, ("", ""), True, ticks=ticks)
     head = ["run", "evaluated at", *(f"k = {k}" for k in ks)]
-    return table(head, rows) + f'<div class="panels">{chart}</div>'
+    return table(head, rows) + f'<div class="panels one">{chart}</div>'
 
 
 def settings(runs: list[Run]) -> str:
@@ -386,6 +409,8 @@ figure,.card{margin:0;padding:.6rem .75rem .4rem;background:var(--card);border:1
 border-radius:7px}figure{break-inside:avoid}figcaption{display:flex;flex-wrap:wrap;gap:0 .8em}
 figcaption span{color:var(--c);font-weight:600}
 strong{font-weight:500;color:var(--ink);margin-right:auto;overflow-wrap:anywhere}
+.one{grid-template-columns:minmax(250px,640px)}.one text{font-size:6px}
+.one :is(polyline,path){stroke-width:1}.one circle{r:1.5px}
 strong:has(~span~span){width:100%}figcaption .first{display:none}
 figure svg{display:block;width:100%;margin-top:.3rem}text{font-size:9.5px;fill:var(--soft)}
 polyline,path{fill:none;stroke:var(--c);stroke-width:1.7;stroke-linejoin:round}circle{fill:var(--c)}
@@ -428,7 +453,7 @@ def page(runs: list[Run]) -> str:
         fits = len(body.encode()) + len(text.encode()) + len(STYLE) < PAGE_BYTES + 20_000
         body += text if fits else f"<p>{chip(run)} left out: the page is full; draw this run alone</p>"
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    colours = "".join(f".c{i}{{--c:var(--c{i})}}" for i in range(8))
+    colours = "".join(f".c{i}{{--c:var(--c{i})}}" for i in range(8)) + ".base{--c:var(--ink)}"
     head += f"<title>{esc(title)}</title><style>{STYLE}{colours}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 

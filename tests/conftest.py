@@ -26,6 +26,10 @@ SMALL = {
     # rewards of a random model that differ, and a loss that is not 0 by construction
     "grpo": f"{SAME} --no-decay --aggregation token --group_size 4 --overlong_cache 40",
     "sft": SAME,
+    # rewards and advantages that differ: by length, and by the tokens that an answer repeats
+    "ppo": f"{SAME} --no-decay --group_size 4 --mini_batches 2 --reward cosine --repetition_penalty 1 --repetition_n 1",
+    # all answers of a random model are wrong; their loss is 1 in every normaliser but this one
+    "nsr": f"{SAME} --group_size 4 --updates 1 --normaliser sample",
 }
 
 

@@ -20,6 +20,11 @@ ATTENTION = 2 * 1536 * 1536 + 2 * 1536 * 256 + 1536 + 2 * 256
 PARAMETERS = 151936 * 1536 + 28 * (ATTENTION + 3 * 1536 * 8960 + 2 * 1536) + 1536
 CHOSEN = {
     "grpo": {"lr": 1e-6, "batch_size": 512, "max_new_tokens": 1024, "micro_batch_tokens": 16384},
+    "nsr": {"lr": 1e-6, "batch_size": 512, "max_new_tokens": 1024, "micro_batch_tokens": 16384},
+    "ppo": {
+        "lr": 1e-6, "critic_lr": 1e-5, "critic": "separate", "batch_size": 512, "max_new_tokens": 1024,
+        "micro_batch_tokens": 16384, "repetition_n": 40,
+    },
     "sft": {"lr": 2e-5, "batch_size": 64, "max_new_tokens": 1024, "micro_batch_tokens": 16384},
 }
 GB = 1e9
@@ -57,23 +62,23 @@ def test_chosen_values(script):
     cfg, chosen = choose(script, model_of(script), command)
     assert chosen == CHOSEN[script]
     assert {name: getattr(cfg, name) for name in chosen} == chosen
-    if script == "grpo":
-        module("grpo").check_flags(cfg)
-        assert cfg.batch_size % (cfg.group_size * cfg.updates) == 0
+    if script != "sft":
+        module(script).check_flags(cfg)
+        assert cfg.batch_size % (cfg.group_size * getattr(cfg, "updates", 1)) == 0
         assert cfg.batch_size // cfg.group_size == 32  # prompts a step
 
 
 @pytest.mark.parametrize("script", CHOSEN)
 def test_given_values_stay(script):
     _, chosen = choose(script, model_of(script), ["--lr", "0.003", "--batch_size", "64"])
-    assert set(chosen) == {"max_new_tokens", "micro_batch_tokens"}
+    assert set(chosen) == set(CHOSEN[script]) - {"lr", "batch_size"}
 
 
 @pytest.mark.parametrize("script", SMALL)
 def test_sizes(script):
     """Three columns, each of them a batch that the default group size divides; the larger the model, the lower lr."""
     by_size = module(script).BY_SIZE
-    assert set(by_size) <= {"lr", "batch_size", "max_new_tokens", "micro_batch_tokens"}
+    assert set(by_size) == set(CHOSEN[script])
     assert list(by_size["lr"]) == sorted(by_size["lr"], reverse=True)
     group = getattr(module(script).Config(), "group_size", 1)
     assert all(len(values) == 3 for values in by_size.values()) and not any(n % group for n in by_size["batch_size"])

@@ -198,6 +198,39 @@ def test_pass_at_k_first_and_last(tmp_path):
     assert "<h2>pass@k" not in draw(run)
 
 
+def test_pass_at_k_of_several_runs_by_method(tmp_path):
+    """Runs from one base share its line; a name that is not unique gets its folder; steps may be few."""
+    base, after, folders = {1: 0.25, 2: 0.5, 4: 0.75}, {1: 0.5, 2: 0.625, 4: 0.7}, []
+    for name, mode, start in (("a", "psr", 0.25), ("b", "nsr", 0.25), ("c", "nsr", 0.3), ("d", None, 0.25)):
+        folders.append(fake_run(tmp_path / name, steps=2, **({"mode": mode} if mode else {})))
+        about = json.loads((folders[-1] / "run.json").read_text(encoding="utf-8"))
+        about["script"] = "nsr.py" if mode else "grpo.py"
+        (folders[-1] / "run.json").write_text(json.dumps(about), encoding="utf-8")
+        ks = [k for k in base if name != "d" or k < 4]  # fewer samples: a base of its own
+        first = {f"eval/pass@{k}": base[k] if k > 1 else start for k in ks}
+        rows = [{"step": 16, "optimizer_steps": 43}] if mode else []
+        last = {f"eval/pass@{k}": after[k] for k in ks}
+        write_lines(folders[-1] / "metrics.jsonl", [*rows, {"step": 16} | last, {"step": 0} | first])
+    page = draw(*folders, out=tmp_path / "x.html")
+    part = page[page.index("<h2>pass@k") : page.index("<h2>Curves")]
+    assert [row[:2] for row in cells(part)] == [
+        ["run", "evaluated at"],
+        ["base", "step 0"],
+        ["nsr psr", "step 16, 43 updates"],
+        ["nsr nsr (b)", "step 16, 43 updates"],
+        ["base of nsr nsr (c)", "step 0"],
+        ["nsr nsr (c)", "step 16, 43 updates"],
+        ["base of grpo", "step 0"],
+        ["grpo", "step 16"],
+    ]
+    assert cells(part)[2][2:] == ["0.500", "0.625", "0.700"] and cells(part)[7][2:] == ["0.500", "0.625", ""]
+    (figure,) = re.findall("<figure>.*?</figure>", part)
+    assert figure.count("<polyline") == 7 and figure.count('<polyline class="base first') == 3
+    ticks = [re.search(f'<text x="([0-9.]+)"[^>]*>{k}</text>', figure)[1] for k in (1, 2, 4)]
+    assert ticks == ["42.0", "155.0", "268.0"]  # log2 k: 2 lies half way
+    Outline(page)
+
+
 def test_several_runs_are_named_and_their_differences_come_first(tmp_path):
     runs = [fake_run(tmp_path / "a", lr=1e-3), fake_run(tmp_path / "b", lr=1e-4, clip=0.2)]
     page = draw(*runs, out=tmp_path / "both.html")

@@ -26,8 +26,9 @@ import torch
 from conftest import ROOT, SMALL, finish, lines_of, metrics_of, start
 from safetensors.torch import load_file, save_file
 
-both = pytest.mark.parametrize("script", SMALL)
-NAMES = {"grpo": "out/grpo-countdown-0", "sft": "out/sft-countdown-0"}
+every = pytest.mark.parametrize("script", SMALL)
+both = pytest.mark.parametrize("script", ["grpo", "sft"])  # what lies in the shared blocks: two scripts are enough
+NAMES = {script: f"out/{script}-countdown-0" for script in SMALL}
 # everything that a resumed run must restore
 HARD = "--lr 0.01 --updates 2 --kl_coef 0.1 --ref_every 1 --dynamic_sampling 1"
 
@@ -118,7 +119,7 @@ def test_import_and_help_as_processes(cwd):
     assert not tree(cwd)
 
 
-@both
+@every
 def test_help(script, capsys, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("a network was asked for")
@@ -147,6 +148,7 @@ def finished(tmp_path_factory):
     """Each script run for two steps as a process of its own, from the models that its default takes."""
     folder = tmp_path_factory.mktemp("finished")
     flags = {"grpo": "--max_new_tokens 96 --overlong_cache 96", "sft": "--num_layers 2 --hidden_size 64"}
+    flags["nsr"] = flags["ppo"] = "--max_new_tokens 96"
     running = {script: start(script, f"{SMALL[script]} {flags[script]}", folder) for script in SMALL}
     done = {script: finish(process) for script, process in running.items()}
     for script, result in done.items():
@@ -155,11 +157,11 @@ def finished(tmp_path_factory):
     return done
 
 
-@both
+@every
 def test_files_of_a_run(finished, script):
     folder = finished[script].folder
     expected = {"run.json", "metrics.jsonl", f"{script}.py", "step-000002"}
-    expected |= {"samples.jsonl"} if script == "grpo" else set()
+    expected |= {"samples.jsonl"} if script != "sft" else set()
     assert {path.name for path in folder.iterdir()} == expected
     assert (folder / f"{script}.py").read_bytes() == (ROOT / f"{script}.py").read_bytes()
     about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -171,7 +173,7 @@ def test_files_of_a_run(finished, script):
     assert not list(folder.rglob("*.tmp"))
 
 
-@both
+@every
 def test_metrics(finished, script):
     rows = lines_of(finished[script].folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
@@ -180,6 +182,11 @@ def test_metrics(finished, script):
     if script == "grpo":
         wanted |= {"reward", "reward_std", "frac_reward_zero_std", "completion_length", "clipped_ratio", "accuracy"}
         wanted |= {"clip_frac_low", "clip_frac_high", "kl", "seconds_sample", "seconds_train", "prompts"}
+    if script == "ppo":
+        wanted |= {"explained_variance", "value_mean", "value_loss", "approx_kl", "clip_frac_low", "clip_frac_high"}
+        wanted |= {"critic_grad_norm", "critic_lr", "repeated_share", "accuracy", "clipped_ratio", "kl", "sampler_gap"}
+    if script == "nsr":
+        wanted |= {"accuracy", "frac_all_right", "rows_trained", "optimizer_steps", "clip_frac_low", "sampler_gap"}
         assert all(row["sampler_gap"] <= row["sampler_gap_max"] < 1e-4 for row in steps)
     for row in steps:
         assert wanted <= set(row), wanted - set(row)
@@ -226,7 +233,7 @@ def test_checkpoint_opens_everywhere(finished, script):
     assert len(set(mode.values())) == 1, mode
 
 
-@both
+@every
 def test_what_a_run_says(finished, script):
     done = finished[script]
     assert done.err == ""
@@ -259,7 +266,7 @@ def test_taken_out_is_refused(run, script, cwd):
     assert run(script, "--eval_problems 0 --out empty").code == 0
 
 
-@both
+@every
 def test_same_seed_same_metrics(run, script, cwd):
     for name, flags in (("a", ""), ("b", ""), ("c", "--seed 1"), ("d", "--micro_batch_tokens 64")):
         assert run(script, f"--out {name} {flags}").code == 0
@@ -269,7 +276,7 @@ def test_same_seed_same_metrics(run, script, cwd):
     assert a != c and all(x["loss"] != y["loss"] for x, y in zip(a, c, strict=True))
     for x, y in zip(a, d, strict=True):  # the split into micro-batches changes nothing but rounding
         assert x == pytest.approx(y, rel=1e-5, abs=2e-6)
-    if script == "grpo":
+    if script != "sft":
         assert a[0]["rows_trained"] > 0
         lines = [(cwd / name / "samples.jsonl").read_text(encoding="utf-8") for name in "ab"]
         assert lines[0] == lines[1]
@@ -328,7 +335,10 @@ def same_run(first: Path, second: Path, step: int) -> None:
     assert (logs[0].read_bytes() if logs[0].exists() else b"") == (logs[1].read_bytes() if logs[1].exists() else b"")
 
 
-@pytest.mark.parametrize("script, flags", [("grpo", ""), ("grpo", HARD), ("sft", ""), ("sft", "--dtype bfloat16")])
+@pytest.mark.parametrize(
+    "script, flags",
+    [("grpo", ""), ("grpo", HARD), ("nsr", "--updates 2 --lr 0.01"), ("sft", ""), ("sft", "--dtype bfloat16")],
+)
 def test_resumed_run_equals_the_unbroken_one(run, cwd, script, flags, half_right):
     assert run(script, f"--steps 4 --save_every 2 --out whole {flags}").code == 0
     rows = metrics_of(cwd / "whole")
@@ -501,8 +511,8 @@ def long_run(script, small, cwd, flags="") -> subprocess.Popen:
 
 
 def test_first_signal_saves_and_the_printed_command_goes_on(run, cwd, small):
-    running = {script: long_run(script, small, cwd) for script in SMALL}
     sent = {"grpo": signal.SIGINT, "sft": signal.SIGTERM}
+    running = {script: long_run(script, small, cwd) for script in sent}
     for script, process in running.items():
         wait_for((cwd / f"{script}-run" / "metrics.jsonl").exists, process)
         process.send_signal(sent[script])
@@ -606,6 +616,7 @@ def close(first: list[dict], second: list[dict], rel: float) -> None:
         ("grpo", 2, HARD),
         ("grpo", 3, HARD),
         ("grpo", 2, "--aggregation sequence --advantage batch --mask_truncated --micro_batch_tokens 64"),
+        ("nsr", 3, "--mode nsr --updates 2 --batch_size 16"),
         ("sft", 2, ""),
         ("sft", 3, "--loss_on all --micro_batch_tokens 128"),
     ],
@@ -838,6 +849,31 @@ BAD_GRPO = {
     "--resume {given}/grpo-run --out b": "--out",
     "--resume {given}/grpo-run --seed 3": "--seed",
 }
+BAD_NSR = {
+    "--mode both": "psr",
+    "--batch_size 12 --updates 2": "--batch_size 12 is not divisible by --group_size 4 x --updates 2; try 8 or 16",
+    "--positive_weight 0.5 --mode psr": "--positive_weight 0.5 does nothing with --mode psr; leave it out",
+    "--clip_eps 0.3": "--clip_eps 0.3 needs --objective ratio and --updates 2 or more",
+    "--kl_coef 0.1": "unknown flag --kl_coef",
+}
+BAD_PPO = {
+    "--batch_size 12 --group_size 8": "is not divisible by --group_size 8 and --mini_batches 2; try 8 or 16",
+    "--batch_size 8 --mini_batches 3": "--batch_size 8 is not divisible by --group_size 4 and --mini_batches 3; try 12",
+    "--gamma 1.1": "--gamma 1.1: a number from 0 to 1 is needed",
+    "--gae_lambda 2": "--gae_lambda 2.0: a number from 0 to 1",
+    "--critic none": "separate",
+    "--critic separate --value_coef 0.5": "--value_coef 0.5 does nothing without --critic shared",
+    "--kl_type k3": "--kl_type k3 does nothing without --kl_coef",
+    "--kl_in loss": "--kl_in loss does nothing without --kl_coef",
+    "--kl_coef 0.1 --kl_in loss": "--kl_in loss with --kl_type k1 has a gradient of mean 0; try --kl_type k3",
+    "--exceed_reward=-1": "--exceed_reward -1.0 does nothing without --reward plain",
+    "--format_weight 0.5": "--format_weight 0.5 does nothing without --reward plain",
+    "--repetition_penalty 0 --repetition_gamma 0.9": "--repetition_gamma 0.9 does nothing without --repetition_penalty",
+    "--repetition_penalty -1": "--repetition_penalty -1",
+    "--reward cosine-D": "cosine-C",
+    "--epochs 0": "--epochs 0",
+    "--updates 2": "unknown flag --updates",
+}
 BAD_SFT = {
     "--model tiny --num_layers 3": "--num_layers and --hidden_size are for scratch, not tiny",
     "--max_length 1": "--max_length 1",
@@ -860,6 +896,8 @@ BAD_SFT = {
     "--resume {given}/grpo-run": "grpo",
 }
 ROWS = [("grpo", flags) for flags in BAD | BAD_GRPO] + [("sft", flags) for flags in BAD | BAD_SFT]
+ROWS += [("ppo", flags) for flags in BAD_PPO]
+ROWS += [("nsr", flags) for flags in BAD_NSR]  # what all scripts share is tested on two
 
 
 @pytest.fixture
@@ -883,7 +921,7 @@ def test_bad_input(run, cwd, given, offline, script, flags):
         pytest.skip(f"there is a {device} device")
     before, started = tree(given), time.process_time()
     done = run(script, flags.format(given=given))
-    message = (BAD | {"grpo": BAD_GRPO, "sft": BAD_SFT}[script])[flags]
+    message = (BAD | {"grpo": BAD_GRPO, "nsr": BAD_NSR, "ppo": BAD_PPO, "sft": BAD_SFT}[script])[flags]
     refused(script, done, message.format(given=given))
     assert time.process_time() - started < 3 or "--chat" in flags  # which imports transformers
     assert not tree(cwd) and tree(given) == before, "something was created"
@@ -939,7 +977,7 @@ def test_a_folder_wins_over_a_short_name(run, cwd, small):
 def test_batch_size_by_model_size_fits_any_group(run, cwd):
     """Who did not give --batch_size is not told that it does not divide."""
     for flags in ("--group_size 12", "--group_size 8 --updates 5"):
-        done = run("grpo", f"--batch_size 0 --max_new_tokens 4 --steps 1 --eval_problems 0 {flags}")
+        done = run("grpo", f"--batch_size 0 --max_new_tokens 4 --overlong_cache 0 --steps 1 --eval_problems 0 {flags}")
         assert done.code == 0, done.err
 
 

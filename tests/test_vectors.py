@@ -40,16 +40,19 @@ READ = {
         "cosine_reward": "test_cosine_reward",
         "classic_reward": "test_classic_reward",
         "repetition_penalty": "test_repetition_dense",
+        "gae": "tests/test_ppo.py",
+        "ppo_losses": "tests/test_ppo.py",
+        "kl": "tests/test_ppo.py",
         "pass_at_k": "test_ppo_pass_at_k, test_ppo_pass_at_k_dataset",
+        "nsr_psr_wreinforce": "tests/test_nsr.py",
     },
     "sft_data": {"loss_normalisation": "tests/test_sft.py", "lr_schedule": "tests/test_sft.py"},
 }
 NOT_IMPLEMENTED = {
     "ppo_nsr": {
-        "gae": "for ppo.py",
-        "ppo_losses": "for ppo.py",
-        "kl": "for ppo.py",
-        "nsr_psr_wreinforce": "for nsr.py",
+        "nsr_psr_wreinforce.entropy_bonus_ascent": "no entropy bonus in nsr.py",
+        "nsr_psr_wreinforce.unlikelihood_descent": "the paper's comparison in appendix B, which it does not train on",
+        "kl.adaptive_controller": "all papers here keep the coefficient fixed",
         "prime": "not planned now",
         "repetition_penalty.sparse": "the share of repeated n-grams of words: no script uses it",
         "repetition_penalty.dense with only_start": "an option of the reference that no script uses",
