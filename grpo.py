@@ -130,7 +130,7 @@ class Config:
 BY_SIZE = {  # parameters: below 10 M (made here), below 1 B, above (TinyZero, nano-aha-moment, DAPO: lr 1e-6)
     "lr": (2e-4, 1e-5, 1e-6),
     "batch_size": (256, 64, 512),
-    "max_new_tokens": (448, 256, 1024),
+    "max_new_tokens": (512, 256, 1024),
     "micro_batch_tokens": (2048, 1024, 16384),
 }
 

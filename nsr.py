@@ -124,7 +124,7 @@ class Config:
 BY_SIZE = {  # parameters: below 10 M (made here), below 1 B, above (the paper: lr 1e-6)
     "lr": (1e-4, 5e-6, 1e-6),
     "batch_size": (256, 64, 512),
-    "max_new_tokens": (448, 256, 1024),
+    "max_new_tokens": (512, 256, 1024),
     "micro_batch_tokens": (2048, 1024, 16384),
 }
 

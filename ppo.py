@@ -146,7 +146,7 @@ BY_SIZE = {  # parameters: below 10 M (made here), below 1 B, above (TinyZero: l
     "critic_lr": (2e-3, 5e-5, 1e-5),
     "critic": ("shared", "separate", "separate"),  # the papers: separate, which makes training twice as slow
     "batch_size": (256, 64, 512),
-    "max_new_tokens": (448, 256, 1024),
+    "max_new_tokens": (512, 256, 1024),
     "micro_batch_tokens": (2048, 1024, 16384),
     "repetition_n": (12, 40, 40),  # a try of the tiny model has 14 tokens or more
 }

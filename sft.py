@@ -103,7 +103,7 @@ class Config:
 BY_SIZE = {  # parameters: below 10 M (made here), below 1 B, above (lr: open-r1 and s1 use 1e-5 to 5e-5)
     "lr": (2e-3, 1e-4, 2e-5),
     "batch_size": (32, 64, 64),
-    "max_new_tokens": (448, 512, 1024),
+    "max_new_tokens": (512, 512, 1024),
     "micro_batch_tokens": (1024, 1024, 16384),
 }
 WORDS = "<pad> <eos> <unk> <think> </think> <answer> </answer> <score> <bot> <eot> <latent> wait".split()
