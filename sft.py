@@ -82,7 +82,7 @@ class Config:
     temperature: float = flag(1.0, "sampling temperature in evaluations, 0 = greedy")
     batch_size: int = flag(0, "sequences per step over all ranks, 0 = by model size")
     micro_batch_tokens: int = flag(0, "padded tokens per forward pass, 0 = by model size")
-    steps: int = flag(250, "optimizer steps, 0 = only evaluate")
+    steps: int = flag(1000, "optimizer steps, 0 = only evaluate")
     lr: float = flag(0.0, "learning rate, 0 = by model size")
     warmup_steps: int = flag(50, "steps of linear warm-up; a cosine to 0 follows")
     weight_decay: float = flag(0.1, "AdamW weight decay of the matrices")

@@ -10,11 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
+import nsr  # noqa: E402
+import ppo  # noqa: E402
 import rewards  # noqa: E402
 import sft  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = {"grpo.py": grpo, "sft.py": sft}
+SCRIPTS = {"grpo.py": grpo, "ppo.py": ppo, "nsr.py": nsr, "sft.py": sft}
 TEXTS = {"README.md": README, "models/README.md": (ROOT / "models" / "README.md").read_text(encoding="utf-8")}
 TEXTS |= {name: module.__doc__ for name, module in SCRIPTS.items()}
 COMMANDS = sorted(
@@ -52,19 +54,21 @@ def test_flags_and_functions_exist():
     for row in rows:
         names = re.findall(r"`([\w.]+)`", row.split("|")[3])
         for name in names:
-            found = [m for m in (grpo, sft, rewards) if hasattr(m, name.split(".")[0])]
+            found = [m for m in (*SCRIPTS.values(), rewards) if hasattr(m, name.split(".")[0])]
             found = [m for m in found if all(hasattr(getattr(m, name.split(".")[0]), n) for n in name.split(".")[1:])]
             assert found, f"{name} of {row}"
 
 
 def test_every_metric_of_a_run_is_explained(tmp_path):
-    """One step of grpo and of sft; every key of metrics.jsonl has a row in the README's table, and none is stale."""
+    """One step of each script; every key of metrics.jsonl has a row in the README's table, and none is stale."""
     small = "--steps 1 --batch_size 4 --eval_problems 2 --eval_samples 2 --max_new_tokens 16".split()
-    assert grpo.main(grpo.train, grpo.Config, [*small, "--group_size", "2", "--out", str(tmp_path / "g")]) == 0
-    assert sft.main(sft.train, sft.Config, [*small, "--out", str(tmp_path / "s"), "--num_layers", "1"]) == 0
+    more = {"grpo.py": "--group_size 2", "ppo.py": "--group_size 2 --mini_batches 1", "sft.py": "--num_layers 1"}
+    more["nsr.py"] = "--group_size 2 --updates 1 --normaliser sample"
     written = set()
-    for run in ("g", "s"):
-        for line in (tmp_path / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for name, module in SCRIPTS.items():
+        out = tmp_path / name.removesuffix(".py")
+        assert module.main(module.train, module.Config, [*small, *more[name].split(), "--out", str(out)]) == 0
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             written |= set(grpo.json.loads(line))
     table = README[README.index("| metric | meaning |") :].partition("\n\n")[0]
     explained = set()
@@ -74,4 +78,5 @@ def test_every_metric_of_a_run_is_explained(tmp_path):
     written = {re.sub(r"pass@\d+", "pass@k", name) for name in written}
     assert written - explained == set()
     optional = {"completion_length/correct", "reflections/correct", "eval/accuracy_not_given_up", "entropy"}
+    optional |= {"explained_variance"}
     assert explained - written - optional == set()  # only what a batch without right answers lacks
