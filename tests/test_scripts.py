@@ -1076,7 +1076,8 @@ def test_run_whose_gradients_are_not_finite(run, cwd, script, monkeypatch):
         return (logprobs * float("nan") if len(calls) == 2 else logprobs), entropy
 
     monkeypatch.setattr(module(script), "completion_logprobs", sometimes)
-    done = run(script, "--steps 3 --out a --eval_problems 0 --save_every 1")
+    # a step is one micro-batch, so that the second call is the second step's
+    done = run(script, "--steps 3 --out a --eval_problems 0 --save_every 1 --micro_batch_tokens 8192")
     assert done.code == 0 and done.out.count("note: gradient not finite") == 1
     rows = metrics_of(cwd / "a")
     assert [row["step"] for row in rows] == [1, 2, 3] and "grad_norm" not in rows[1] and rows[2]["grad_norm"] > 0
