@@ -29,7 +29,8 @@ Run
     VC-PPO:     --gae_lambda 0.95 --critic_warmup 10
 
 Expect
-    To be measured.
+    Seed 0: held-out accuracy 0.343 -> 0.726, mean length 97 -> 215 tokens (15.5 minutes on one thread of an Intel Xeon
+    beside other runs). The shared critic explains nothing yet: its explained variance stays below 0.
 
 Differs from the papers in: no KL term by default; a tiny model's critic is a head on the policy (theirs: a copy, as
 for larger models here); one value per reward type (2502.03373: one for their sum, which allows lambda 1 only); a
