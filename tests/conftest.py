@@ -172,3 +172,26 @@ def run_ranks(cwd, small, monkeypatch):
         return codes, gradients
 
     return run_ranks
+
+
+class FakeRun:
+    """One rank of a pretended world: notes the gradient where the real one would step."""
+
+    def __init__(self, cfg, rank: int = 0, world: int = 1, others: tuple = ()):
+        self.cfg, self.rank, self.world, self.others = cfg, rank, world, others
+        self.device, self.gradients, self.skipped = torch.device("cpu"), [], 0
+
+    def gather(self, value) -> list:
+        return [value, *self.others]
+
+    def update(self, module, optimizer, lr: float) -> float:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
+        self.gradients.append(torch.cat([g.flatten() for g in grads]))
+        module.zero_grad()
+        return 1.0
+
+
+def eight_answers() -> list[list[int]]:
+    """Tokens of eight answers of unequal length, as the tests of update_policy take them: two groups of four."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(44, 200, (n,), generator=generator).tolist() for n in (3, 17, 9, 30, 1, 12, 22, 5)]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import FakeRun, eight_answers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo  # noqa: E402
@@ -132,21 +133,6 @@ def completion(model, number: int, tokens: list[int], finished: bool = True) -> 
     return grpo.Completion(number, {}, [46, 47, 3], tokens, [0.0] * len(tokens), finished, "", {"correct": False})
 
 
-class FakeRun:
-    """One rank of a pretended world: notes the gradient where the real one would step."""
-
-    def __init__(self, cfg, rank: int = 0, world: int = 1):
-        self.cfg, self.rank, self.world, self.device, self.gradients = (cfg, rank, world, torch.device("cpu"), [])
-
-    def gather(self, value) -> list:
-        return [value]
-
-    def update(self, model, optimizer, lr: float) -> float:
-        self.gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-        model.zero_grad()
-        return 1.0
-
-
 def gradient_of(model, done, advantages, rank=0, world=1, **changes):
     cfg = SimpleNamespace(
         **(grpo.asdict(grpo.Config()) | {"batch_size": len(done), "micro_batch_tokens": 64} | changes)
@@ -163,12 +149,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def batch(model):
-    generator = torch.Generator().manual_seed(0)
-    lengths = [3, 17, 9, 30, 1, 12, 22, 5]
-    done = [
-        completion(model, i // 4, torch.randint(44, 200, (n,), generator=generator).tolist(), n < 30)
-        for i, n in enumerate(lengths)
-    ]
+    done = [completion(model, i // 4, tokens, i != 3) for i, tokens in enumerate(eight_answers())]
     advantages = grpo.group_advantages(torch.tensor([0, 1, 0, 1, 1, 0, 0, 0.5], dtype=torch.float64), 4).tolist()
     return done, advantages
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import FakeRun, eight_answers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import nsr  # noqa: E402
@@ -179,23 +180,6 @@ def test_the_rarer_side_is_less_noisy():
 # ------------------------------------------------------------------------------- update_policy on the tiny model
 
 
-class FakeRun:
-    """One rank of a pretended world: notes the gradient where the real one would step."""
-
-    def __init__(self, cfg, rank: int = 0, world: int = 1):
-        self.cfg, self.rank, self.world, self.device, self.gradients = cfg, rank, world, torch.device("cpu"), []
-
-    def gather(self, value) -> list:
-        return [value]
-
-    def update(self, model, optimizer, lr: float) -> float:
-        self.gradients.append(
-            torch.cat([(0 * p if p.grad is None else p.grad).flatten().detach() for p in model.parameters()])
-        )
-        model.zero_grad()
-        return 1.0
-
-
 def completion(number: int, tokens: list[int], correct: bool) -> nsr.Completion:
     return nsr.Completion(number, {}, [46, 47, 3], tokens, [0.0] * len(tokens), True, "", {"correct": correct})
 
@@ -216,10 +200,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def batch():
-    generator, rights = torch.Generator().manual_seed(0), [0, 1, 0, 1, 1, 0, 0, 0]
-    lengths = [3, 17, 9, 30, 1, 12, 22, 5]
-    rows = [torch.randint(44, 200, (n,), generator=generator).tolist() for n in lengths]
-    return [completion(i // 4, tokens, bool(rights[i])) for i, tokens in enumerate(rows)]
+    rights = [0, 1, 0, 1, 1, 0, 0, 0]
+    return [completion(i // 4, tokens, bool(rights[i])) for i, tokens in enumerate(eight_answers())]
 
 
 @pytest.mark.parametrize("normaliser", ["kept", "token", "sequence", "sample"])

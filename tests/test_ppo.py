@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import lines_of, metrics_of
+from conftest import FakeRun, eight_answers, lines_of, metrics_of
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -285,22 +285,17 @@ def test_outcome_rewards():
 # ---------------------------------------------------------------------------------------------- the whole update
 
 
-class FakeRun:
-    """One rank of a pretended world: notes the gradients where the real one would step."""
+class TwoModules(FakeRun):
+    """Notes the gradients of the policy and of the critic apart."""
 
-    def __init__(self, cfg, rank: int = 0, world: int = 1, others: tuple = ()):
-        self.cfg, self.rank, self.world, self.others = cfg, rank, world, others
-        self.device, self.gradients, self.skipped = torch.device("cpu"), {"policy": [], "critic": []}, 0
-
-    def gather(self, value) -> list:
-        return [value, *self.others]
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.of = {"policy": [], "critic": []}
 
     def update(self, module, optimizer, lr: float) -> float:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
-        kind = "critic" if isinstance(module, ppo.Critic) else "policy"
-        self.gradients[kind].append(torch.cat([g.flatten() for g in grads]))
-        module.zero_grad()
-        return 1.0
+        norm = super().update(module, optimizer, lr)
+        self.of["critic" if isinstance(module, ppo.Critic) else "policy"].append(self.gradients.pop())
+        return norm
 
 
 @pytest.fixture(scope="module")
@@ -310,9 +305,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def batch():
-    generator, lengths = torch.Generator().manual_seed(0), [3, 17, 9, 30, 1, 12, 22, 5]
-    draw = [torch.randint(44, 200, (n,), generator=generator).tolist() for n in lengths]
-    return [completion(i // 4, tokens, i != 3, i in (1, 4)) for i, tokens in enumerate(draw)]
+    return [completion(i // 4, tokens, i != 3, i in (1, 4)) for i, tokens in enumerate(eight_answers())]
 
 
 def critic_of(model, separate: bool, types: int = 1) -> ppo.Critic:
@@ -327,13 +320,13 @@ def marks_of(done) -> list:
 
 
 def experience_of(model, critic, done, cfg, reference=None):
-    return ppo.make_experience(FakeRun(cfg), model, critic, reference, done, marks_of(done))
+    return ppo.make_experience(TwoModules(cfg), model, critic, reference, done, marks_of(done))
 
 
 def gradients_of(model, critic, done, cfg, x, rank=0, world=1, lr=1.0) -> dict:
-    run = FakeRun(cfg, rank, world)
+    run = TwoModules(cfg, rank, world)
     ppo.update_policy(run, model, critic, (None, None), done, dict(x), 1, lr, 1.0)
-    return run.gradients
+    return run.of
 
 
 def test_a_new_critic_says_0_and_the_first_advantages_are_the_returns(model, batch):
@@ -404,7 +397,7 @@ def test_experience_of_several_ranks_is_that_of_one(model, batch):
     x, metrics = experience_of(model, critic, batch, cfg)
     shares = []
     for rank in range(3):
-        run = FakeRun(cfg, rank, 3)
+        run = TwoModules(cfg, rank, 3)
         run.gather = lambda value: shares.append(value) or ([value] if len(shares) < 3 else shares)
         try:
             y, other = ppo.make_experience(run, model, critic, None, batch, marks_of(batch))
@@ -472,7 +465,7 @@ def test_bad_gradients_of_either_count_towards_the_five(model, batch):
     """The policy's are bad each time, the critic's never: the counter that stops the run has to see it."""
     critic, cfg = critic_of(model, False), config(mini_batches=4)
     x, _ = experience_of(model, critic, batch, cfg)
-    run = FakeRun(cfg)
+    run = TwoModules(cfg)
 
     def update(module, optimizer, lr):
         run.skipped = 0 if isinstance(module, ppo.Critic) else run.skipped + 1
