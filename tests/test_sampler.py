@@ -617,3 +617,8 @@ def test_micro_batches():
         if budget == 1000 and sum(lengths) and len(lengths) * max(lengths) <= budget:
             assert len(batches) == 1
     assert grpo.micro_batches([3, 9, 4, 8], 18) == [[1, 3], [2, 0]]
+
+
+def test_top_p_of_nothing_keeps_the_likeliest():
+    logits, uniforms = torch.tensor([[0.0, 2.0, 1.0]]).repeat(5, 1), torch.linspace(0, 0.99, 5)[:, None]
+    assert grpo.draw(logits, uniforms, top_p=0.0).flatten().tolist() == [1] * 5

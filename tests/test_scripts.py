@@ -188,6 +188,8 @@ def test_metrics(finished, script):
     if script == "nsr":
         wanted |= {"accuracy", "frac_all_right", "rows_trained", "optimizer_steps", "clip_frac_low", "sampler_gap"}
         assert all(row["sampler_gap"] <= row["sampler_gap_max"] < 1e-4 for row in steps)
+        start = next(row for row in rows if row["step"] == 0)  # the sampled estimate of what training computes exactly
+        assert start["eval/entropy"] == pytest.approx(steps[0]["entropy"], rel=0.3)  # other problems
     for row in steps:
         assert wanted <= set(row), wanted - set(row)
     evaluations = {row["step"]: row for row in rows if "eval/accuracy" in row}
@@ -452,6 +454,26 @@ def test_resume_refuses_another_run(run, made, cwd, script, flags, differences):
     for name in ("model", "task", "seed", "group_size"):
         assert (f"--{name} " in done.err) == (name in differences), name
     assert before == {path: path.read_bytes() for path in cwd.rglob("*") if path.is_file()}
+
+
+def test_resume_keeps_what_was_chosen_by_model_size(run, made, cwd):
+    before = json.loads((made("a") / "run.json").read_text(encoding="utf-8"))["chosen"]
+    assert run("grpo", "--resume a --steps 3", model=None, base=False).code == 0
+    assert json.loads((cwd / "a" / "run.json").read_text(encoding="utf-8"))["chosen"] == before != {}
+
+
+def test_signal_in_the_last_evaluation_leaves_at_once(run, cwd, monkeypatch):
+    """Everything is saved by then."""
+    left, grpo = [], module("grpo")
+    monkeypatch.setattr(grpo.os, "_exit", left.append)
+
+    def evaluate(run, *args):
+        run.on_signal(signal.SIGINT, None)
+        return {}
+
+    monkeypatch.setattr(grpo, "evaluate", evaluate)
+    run("grpo", "--out a")
+    assert left[0] == 128 + signal.SIGINT and checkpoint(cwd / "a", 2).exists()
 
 
 def test_resume_with_the_same_flags_or_another_lr_goes_on(run, made, cwd, small):
