@@ -46,6 +46,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the scripts' main does
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
@@ -117,12 +118,15 @@ def sampling_passes(prompts: list[int], lengths: list[int]) -> list[Pass]:
     return passes
 
 
-def training_passes(prompts: list[int], lengths: list[int], max_tokens: int) -> list[Pass]:
-    """Forward and backward over rows of a prompt and a completion, one pass per micro-batch of grpo.py."""
-    whole, passes = [p + n for p, n in zip(prompts, lengths, strict=True)], []
-    for part in grpo.micro_batches(whole, max_tokens):
-        inputs = [whole[i] - 1 for i in part]
-        passes.append(Pass(sum(inputs), sum(lengths[i] for i in part), sum(map(triangle, inputs)), times=3))
+def training_passes(run: "grpo.Run", done: list) -> list[Pass]:
+    """Forward and backward over completions, one pass per micro-batch of grpo.py, each prompt in it once."""
+    passes = []
+    for part, _, _ in grpo.training_batches(run, done, list(range(len(done)))):
+        rows = [(len(done[i].prompt) - 1, len(done[i].tokens)) for i in part]
+        prompts = {done[i].number: len(done[i].prompt) - 1 for i in part}.values()
+        pairs = sum(map(triangle, prompts)) + sum(n * p + triangle(n) for p, n in rows)
+        tokens = sum(n for _, n in rows)
+        passes.append(Pass(sum(prompts) + tokens, tokens, pairs, times=3))
     return passes
 
 
@@ -164,7 +168,11 @@ class Machine:
 
     def measure(self, m: int, k: int, n: int) -> float:
         x, weight, out = torch.randn(m, k), torch.randn(n, k), torch.empty(m, n)
-        return 2 * m * n * k / self.best(lambda: torch.mm(x, weight.t(), out=out))
+        seconds = self.best(lambda: torch.mm(x, weight.t(), out=out))
+        if torch.backends.mkldnn.is_available():  # oneDNN, on weights laid out beforehand
+            packed, ops = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn
+            seconds = min(seconds, self.best(lambda: ops._linear_pointwise(x, packed, None, "none", [], "")))
+        return 2 * m * n * k / seconds
 
     def rate(self, m: int, k: int, n: int) -> float:
         """FLOP/s of (m, k) x (k, n), the weight stored as (n, k) as in a layer."""
@@ -288,7 +296,7 @@ def measure_step(b: Bench) -> None:
     sample, score, train = (median(times) for times in zip(*seconds[1:], strict=True))
     prompts, lengths = [len(c.prompt) for c in done], [len(c.tokens) for c in done]
     sampling = sampling_passes(prompts[:: cfg.group_size], lengths)
-    training = training_passes(prompts, lengths, cfg.micro_batch_tokens)
+    training = training_passes(run, done)
     bounds = b.machine.sampling_bound(b.config, sampling), b.machine.gemm_bound(b.config, training)
     parts = [("sample", sample, bounds[0], sampling, 0), ("score", score, 0.0, [], 0)]
     parts += [("train", train, bounds[1], training, 28 * b.parameters)]
@@ -428,9 +436,15 @@ def growing(b: Bench) -> Iterator[tuple[str, list[tuple]]]:
         yield "model size", sizes
 
 
+def made_up(prompts: list[list[int]], group: int, new: int) -> list[SimpleNamespace]:
+    """Completions of `new` tokens."""
+    rows = [(number, prompt) for number, prompt in enumerate(prompts) for _ in range(group)]
+    return [SimpleNamespace(number=number, prompt=prompt, tokens=[3] * new) for number, prompt in rows]
+
+
 def train_on(b: Bench, model: "grpo.Model", prompts: list[list[int]], group: int, new: int) -> None:
     """Forward and backward over completions of `new` tokens, in micro-batches; no optimizer step."""
-    done = [SimpleNamespace(prompt=p, tokens=[3] * new) for p in prompts for _ in range(group)]
+    done = made_up(prompts, group, new)
     for _, tokens, mask in grpo.training_batches(b.run, done, list(range(len(done)))):
         grpo.completion_logprobs(model, tokens, mask)[0].sum().backward()
     model.zero_grad(set_to_none=True)
@@ -444,9 +458,8 @@ def measure_scaling(b: Bench) -> None:
             prompts, uniforms = b.prompts(rows // group), uniforms_of(rows, group, new)
             works.append(lambda m=model, p=prompts, u=uniforms: grpo.generate(m, p, u))
             works.append(lambda m=model, p=prompts, g=group, n=new: train_on(b, m, p, g, n))
-            lengths, each = [len(p) for p in prompts], [len(p) for p in prompts for _ in range(group)]
-            sampling = sampling_passes(lengths, [new] * rows)
-            training = training_passes(each, [new] * rows, b.run.cfg.micro_batch_tokens)
+            sampling = sampling_passes([len(p) for p in prompts], [new] * rows)
+            training = training_passes(b.run, made_up(prompts, group, new))
             bounds = b.machine.sampling_bound(model.config, sampling), b.machine.gemm_bound(model.config, training)
             counts.append((name, [flops(model.config, passes) for passes in (sampling, training)], bounds))
         for work in works[:2]:

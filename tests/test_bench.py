@@ -1,6 +1,7 @@
 """tests/bench.py: its counts against counts by hand, and a quick run of every section."""
 
 import json
+from types import SimpleNamespace
 
 import bench
 import pytest
@@ -34,11 +35,16 @@ def test_sampling_passes_by_hand():
 
 
 def test_training_passes_by_hand():
-    """The same rows: inputs of 3, 5, 3 and 3 tokens (the last is only predicted), 8 predictions."""
-    assert bench.training_passes([3, 3, 2, 2], [1, 3, 2, 2], 1000) == [(14, 8, 6 + 15 + 6 + 6, 0, 3)]
-    halves = bench.training_passes([3, 3, 2, 2], [1, 3, 2, 2], 12)  # two rows of at most 6 tokens fit
-    assert [sum(p[i] for p in halves) for i in range(3)] == [14, 8, 33] and len(halves) == 2
-    assert bench.flops(TINY, halves) == 3 * (14 * 480 + 8 * 40 + 33 * 32)
+    """Prompts of 3 and 2 tokens, answers of 1, 3 and 2, 2: each prompt but its last token once, 2 + (1 + 3) inputs
+    and 1 + (2 + 2); every token of an answer is predicted, and sees the prompt and what stands before it.
+    """
+    run = SimpleNamespace(cfg=SimpleNamespace(micro_batch_tokens=1000), device=torch.device("cpu"))
+    rows = [(0, 3, 1), (0, 3, 3), (1, 2, 2), (1, 2, 2)]
+    done = [SimpleNamespace(number=i, prompt=[5] * p, tokens=[6] * n) for i, p, n in rows]
+    first, second = 3 + (2 + 1) + (6 + 6), 1 + 2 * (2 + 3)
+    passes = bench.training_passes(run, done)
+    assert passes == [(6, 4, first, 0, 3), (5, 4, second, 0, 3)]
+    assert bench.flops(TINY, passes) == 3 * (11 * 480 + 8 * 40 + (first + second) * 32)
 
 
 class Even(bench.Machine):

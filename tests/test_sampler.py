@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,7 +184,7 @@ SETTINGS = [
 def drawn(temperature=1.0, top_p=1.0, top_k=0, count=20000):
     uniforms = torch.rand(count, 1, generator=torch.Generator().manual_seed(5))
     logits = (torch.tensor(LOGITS) / temperature).expand(count, -1)
-    tokens = grpo.draw(logits, uniforms, top_p=top_p, top_k=top_k)
+    tokens = grpo.draw(logits.softmax(-1), uniforms, top_p=top_p, top_k=top_k)
     assert tokens.shape == (count, 1)
     return Counter(tokens[:, 0].tolist())
 
@@ -243,7 +244,7 @@ def test_nothing_impossible_is_drawn(dtype, options):
         logits = (torch.randn(60, vocab, generator=generator) * scale).to(dtype)
         logits[:20, :2] = logits[20:40, -2:] = logits[10:60:7, 2] = -torch.inf
         for u in (0.0, 1e-30, 0.5, largest):
-            tokens = grpo.draw(logits, torch.full((60, 1), u, dtype=dtype), **options)
+            tokens = grpo.draw(logits.softmax(-1), torch.full((60, 1), u, dtype=dtype), **options)
             assert (logits.softmax(-1).gather(1, tokens) > 0).all()
             if options.get("top_k"):
                 rank = (logits > logits.gather(1, tokens)).sum(-1)
@@ -253,7 +254,7 @@ def test_nothing_impossible_is_drawn(dtype, options):
 def test_draw_takes_the_first_token_above_the_number():
     logits = torch.tensor([[0.25, 0.0, 0.5, 0.25]]).log().expand(6, -1)
     u = torch.tensor([0.0, 0.2, 0.25, 0.7, 0.75, BELOW_1])[:, None]
-    assert grpo.draw(logits, u)[:, 0].tolist() == [0, 0, 2, 2, 3, 3]
+    assert grpo.draw(logits.softmax(-1), u)[:, 0].tolist() == [0, 0, 2, 2, 3, 3]
 
 
 # ------------------------------------------------------------------------------------------- log-probabilities returned
@@ -554,6 +555,45 @@ def test_padding_and_neighbours_change_nothing(checkpointing):
             torch.testing.assert_close(ours, whole, atol=1e-10, rtol=0, msg=name)
 
 
+def shared_batch():
+    """Six rows behind three prompts of unequal length: tokens and mask (6, T), and the prompts of the rows."""
+    rng, rows = random.Random(5), [0, 2, 1, 0, 1, 0]
+    prompts = [[rng.randrange(V) for _ in range(n)] for n in (12, 9, 1)]
+    parts = [(prompts[i], [rng.randrange(V) for _ in range(rng.randint(1, 5))]) for i in rows]
+    cpu = torch.device("cpu")
+    tokens = grpo.pad_rows([prompt + own for prompt, own in parts], cpu, torch.long)
+    return tokens, grpo.pad_rows([[False] * len(p) + [True] * len(own) for p, own in parts], cpu, torch.bool), rows
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_prompt_that_rows_share_runs_once(checkpointing):
+    """Log-probabilities and gradients are those of whole rows, and the model sees each prompt once."""
+    model, (tokens, mask, _) = make_model().requires_grad_(), shared_batch()
+    results, shapes = [], []
+    model.checkpointing = checkpointing
+    for function in (naive, grpo.completion_logprobs):
+        model.zero_grad()
+        hook = model.register_forward_hook(lambda module, inputs, hidden: shapes.append(tuple(hidden.shape[:2])))
+        logprobs, _ = function(model, tokens, mask, 0.9)
+        hook.remove()
+        (logprobs * torch.linspace(-1, 2, logprobs.numel()).view_as(logprobs)).sum().backward()
+        results.append((logprobs.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    whole, prompts, own = shapes
+    assert whole == tuple(tokens.shape) and prompts == (3, 11) and own[0] == 6 and own[1] < whole[1]
+    for ours, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
+
+
+def test_prompts_are_shared_only_where_it_pays():
+    model, (tokens, mask, _), shapes = make_model(), shared_batch(), []
+    model.register_forward_hook(lambda module, inputs, hidden: shapes.append(tuple(hidden.shape[:2])))
+    long = torch.cat([tokens, torch.ones(6, 60, dtype=torch.long)], 1), torch.cat([mask, torch.ones(6, 60).bool()], 1)
+    for batch in (long, (tokens[[0, 1, 2]], mask[[0, 1, 2]]), (tokens, torch.ones_like(mask))):
+        shapes.clear()
+        grpo.trained_hidden(model, *batch)
+        assert shapes == [(len(batch[0]), batch[0].shape[1] - 1)]
+
+
 def test_nothing_to_train():
     model, (tokens, mask) = make_model().requires_grad_(), training_batch()
     logprobs, entropy = grpo.completion_logprobs(model, tokens, torch.zeros_like(mask))
@@ -602,6 +642,24 @@ def test_pad_rows():
     assert grpo.pad_rows([[0.5], [1.5, -2.0]], cpu, torch.float32).tolist() == [[0.5, 0.0], [1.5, -2.0]]
 
 
+CHEAPEST = {  # length of the prompts, lengths of the answers, two to a prompt; rows together
+    "by prompt": (20, (5, 7, 9, 11, 13, 15), [[1, 0], [3, 2], [5, 4]]),
+    "by length": (1, (30, 2, 30, 2), [[0, 2], [1, 3]]),
+}
+
+
+@pytest.mark.parametrize("case", CHEAPEST)
+def test_training_batches_are_the_cheapest(case):
+    prompt, lengths, expected = CHEAPEST[case]
+    run = SimpleNamespace(cfg=SimpleNamespace(micro_batch_tokens=70), device=torch.device("cpu"))
+    done = [SimpleNamespace(number=i // 2, prompt=[7] * prompt, tokens=[3] * n) for i, n in enumerate(lengths)]
+    batches = list(grpo.training_batches(run, done, list(range(len(done)))))
+    assert [rows for rows, _, _ in batches] == expected
+    for rows, tokens, mask in batches:
+        assert mask.sum(1).tolist() == [lengths[i] for i in rows]
+        assert (tokens[mask] == 3).all() and (tokens[~mask] != 3).all()
+
+
 def test_micro_batches():
     rng = random.Random(0)
     for _ in range(300):
@@ -621,4 +679,45 @@ def test_micro_batches():
 
 def test_top_p_of_nothing_keeps_the_likeliest():
     logits, uniforms = torch.tensor([[0.0, 2.0, 1.0]]).repeat(5, 1), torch.linspace(0, 0.99, 5)[:, None]
-    assert grpo.draw(logits, uniforms, top_p=0.0).flatten().tolist() == [1] * 5
+    assert grpo.draw(logits.softmax(-1), uniforms, top_p=0.0).flatten().tolist() == [1] * 5
+
+
+# --------------------------------------------------------------------------------------------------- oneDNN's products
+
+by_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+
+@by_onednn
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(7, 512), (2, 3, 512)])
+def test_product_of_onednn(shape, bias):
+    """Values and all gradients are F.linear's, packed or not."""
+    torch.manual_seed(0)
+    layer, x = grpo.Linear(512, 256, bias=bias), torch.randn(shape)
+    results = []
+    for module in (lambda x: torch.nn.functional.linear(x, layer.weight, layer.bias), layer):
+        layer.zero_grad()
+        given = x.clone().requires_grad_()
+        out = module(given)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        results.append([out.detach(), given.grad, *(p.grad.clone() for p in layer.parameters())])
+    for ours, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-4)
+    assert layer.by_onednn(torch.float32) and type(layer(x).grad_fn).__name__ in ("ProductBackward", "AddBackward0")
+    layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), results[0][0], atol=2e-4, rtol=1e-4)
+
+
+@by_onednn
+def test_packed_is_for_large_float32_layers_and_ends():
+    model = make_model().float()
+    model.lm_head = grpo.Linear(HIDDEN, 3000, bias=False)
+    with pytest.raises(KeyError), grpo.packed(model):
+        assert model.lm_head.packed is not None
+        assert sum(m.packed is not None for m in model.modules() if isinstance(m, grpo.Linear)) == 1
+        raise KeyError
+    assert model.lm_head.packed is None  # whatever happened inside
+    for other in (model.double(), model.bfloat16()):
+        with grpo.packed(other):
+            assert other.lm_head.packed is None

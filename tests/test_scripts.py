@@ -315,7 +315,7 @@ def test_check(run, script, cwd, tmp_path, monkeypatch):
 def test_failed_check_leaves_nothing_behind(run, script, cwd, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(module(script), "completion_logprobs", out_of_memory)
+    monkeypatch.setattr(module(script), "chosen_logprobs", out_of_memory)
     assert run(script, "--check").code == 1
     assert not tree(cwd) and not tree(tmp_path / "temporary")
 
@@ -1042,7 +1042,7 @@ def memory_error(*args, **kwargs):
 def test_out_of_memory(run, made, cwd, script, fault, monkeypatch):
     made("a", script)
     with monkeypatch.context() as patch:
-        patch.setattr(module(script), "completion_logprobs", fault)
+        patch.setattr(module(script), "chosen_logprobs", fault)
         done = run(script, "--resume a --steps 3", model=None, base=False)
     assert done.code == 1 and done.err.startswith(f"{script}.py: error: out of memory")
     assert done.err.count("\n") == 1 and "--micro_batch_tokens" in done.err
@@ -1053,7 +1053,7 @@ def test_other_errors_are_not_hidden(run, cwd, monkeypatch):
     def fault(*args, **kwargs):
         raise RuntimeError("a slip of ours")
 
-    monkeypatch.setattr(module("grpo"), "completion_logprobs", fault)
+    monkeypatch.setattr(module("grpo"), "chosen_logprobs", fault)
     with pytest.raises(RuntimeError, match="a slip of ours"):
         run("grpo")
 
@@ -1090,14 +1090,14 @@ def test_gradient_that_is_not_finite(bad, capsys):
 
 @both
 def test_run_whose_gradients_are_not_finite(run, cwd, script, monkeypatch):
-    real, calls = module(script).completion_logprobs, []
+    real, calls = module(script).chosen_logprobs, []
 
     def sometimes(*args, **kwargs):
         calls.append(1)
         logprobs, entropy = real(*args, **kwargs)
         return (logprobs * float("nan") if len(calls) == 2 else logprobs), entropy
 
-    monkeypatch.setattr(module(script), "completion_logprobs", sometimes)
+    monkeypatch.setattr(module(script), "chosen_logprobs", sometimes)
     # a step is one micro-batch, so that the second call is the second step's
     done = run(script, "--steps 3 --out a --eval_problems 0 --save_every 1 --micro_batch_tokens 8192")
     assert done.code == 0 and done.out.count("note: gradient not finite") == 1
@@ -1108,8 +1108,8 @@ def test_run_whose_gradients_are_not_finite(run, cwd, script, monkeypatch):
 
 @both
 def test_five_gradients_in_a_row_that_are_not_finite(run, cwd, script, monkeypatch):
-    real = module(script).completion_logprobs
-    monkeypatch.setattr(module(script), "completion_logprobs", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
+    real = module(script).chosen_logprobs
+    monkeypatch.setattr(module(script), "chosen_logprobs", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
     done = run(script, "--steps 9 --out a --eval_problems 0 --save_every 1")
     assert done.code == 1 and "lower --lr" in done.err and done.err.count("\n") == 1
 

@@ -26,8 +26,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # top-level names that may differ from script to script
 FREE = {"Config", "train", "BY_SIZE", "check_flags", "sample_batch", "update_policy"}
-MAX_LINES = 1550  # of a file, on screen
-MAX_SHARED = 800  # lines of code (no blank lines, comments, docstrings) in all blocks of a script
+MAX_LINES = 1670  # of a file, on screen
+MAX_SHARED = 880  # lines of code (no blank lines, comments, docstrings) in all blocks of a script
 MAX_OWN = {"grpo.py": 255, "sft.py": 215, "nsr.py": 250, "ppo.py": 325}  # lines of code outside the blocks
 DEFAULT_OWN = 300
 NOTE = "(same text in every script that has it; see tests/test_shared_blocks.py)"
