@@ -22,7 +22,7 @@ CHOSEN = {
     "grpo": {"lr": 1e-6, "batch_size": 512, "max_new_tokens": 1024, "micro_batch_tokens": 16384},
     "nsr": {"lr": 1e-6, "batch_size": 512, "max_new_tokens": 1024, "micro_batch_tokens": 16384},
     "ppo": {
-        "lr": 1e-6, "critic_lr": 1e-5, "critic": "separate", "batch_size": 512, "max_new_tokens": 1024,
+        "lr": 1e-6, "critic_lr": 1e-5, "batch_size": 512, "max_new_tokens": 1024,
         "micro_batch_tokens": 16384, "repetition_n": 40,
     },
     "sft": {"lr": 2e-5, "batch_size": 64, "max_new_tokens": 1024, "micro_batch_tokens": 16384},

@@ -435,6 +435,15 @@ def test_critic_warm_up_leaves_the_policy_alone(model, batch):
             assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+def test_the_critic_counts_every_token_the_same(model, batch):
+    """However the policy's loss weighs answers: the gradient of the mean of eq. 5 over all tokens."""
+    critic = ppo.Critic(model, 1, False)  # V = 0: the gradient at its bias is the mean of V - G
+    x, _ = experience_of(model, critic, batch, config())
+    for aggregation in ("token", "sequence", "constant"):
+        got = gradients_of(model, critic, batch, config(aggregation=aggregation, value_coef=1.0), x)["critic"][0]
+        assert close(got[-1], -x["returns"][x["mask"]].mean(), 1e-10) and got[-1].abs() > 0.01
+
+
 def test_a_shared_trunk_learns_from_both_losses(model, batch):
     critic = critic_of(model, False)
     x, _ = experience_of(model, critic, batch, config())
@@ -536,7 +545,7 @@ def test_resumed_run_equals_the_unbroken_one(run, cwd, flags):
 def test_resume_refuses_another_critic(run, cwd):
     assert run("ppo", "--out a --eval_problems 0 --steps 1").code == 0
     before = {path: path.read_bytes() for path in cwd.rglob("*") if path.is_file()}
-    for flags in ("--critic separate", "--repetition_penalty 0"):
+    for flags in ("--critic shared", "--repetition_penalty 0"):
         done = run("ppo", f"--resume a --steps 2 {flags}", model=None, base=False)
         assert done.code == 2 and done.err.startswith("ppo.py: error: --resume a: its critic is another"), done.err
     assert before == {path: path.read_bytes() for path in cwd.rglob("*") if path.is_file()}
