@@ -648,6 +648,149 @@ def test_s3_is_the_symmetric_group():
         rewards.S3(1)
 
 
+def below(edges: list, root: str) -> dict[str, int]:
+    """Distance from the root of every name that can be reached along the edges."""
+    found = {root: 0}
+    while new := {c: found[p] + 1 for p, c in edges if p in found and c not in found}:
+        found |= {c: min(found[p] + 1 for p, x in edges if x == c and p in found) for c in new}
+    return found
+
+
+def graph_of(problem: dict, graph: dict) -> Counter:
+    """What the vectors count in one graph; `labels` and `parents` of the nodes that have an edge."""
+    edges, root = problem["edges"], problem["root"]
+    nodes, children, parents = ({x for e in edges for x in e}, {p for p, _ in edges}, Counter(c for _, c in edges))
+    reach, roots = below(edges, root), [n for n in nodes if n not in parents]
+    depth = below(edges, next(r for r in problem["roots"] if r != root))[problem["other"]]
+    kept = [i for i, above in enumerate(graph["parents"]) if above or any(i in p for p in graph["parents"])]
+    families = Counter(graph["labels"][i] for i in kept)
+    count = Counter(nodes=len(nodes), edges=len(edges), reach=len(reach) - 1, out=sum(p == root for p, _ in edges))
+    count.update({f"path {reach[problem['target']]}": 1, f"other {depth}": 1, f"entities {min(len(roots), 4)}": 1})
+    count.update({f"family {label}": n for label, n in families.items()})
+    count.update({f"in {min(parents[n], 4)}": 1 for n in nodes if n in parents or n not in roots})
+    assert problem["target"] not in children and problem["other"] not in children and problem["other"] not in reach
+    assert sorted(roots) == sorted(n for n in nodes if n in rewards.ProsQA.ENTITIES)
+    assert not any(n in below([e for e in edges if e[0] != n], c) for n, c in edges)  # no cycle
+    leaves = [n for n in reach if n not in children]
+    count["root 1"] = int(root == problem["roots"][1])
+    count["deepest"] = int(reach[problem["target"]] == max(reach[n] for n in leaves))
+    return count
+
+
+def test_prosqa_has_the_statistics_of_the_released_data():
+    """Means within 5 %, shares within .05 of the 300 released items, over 2,000 draws."""
+    path = Path(__file__).parent / "vectors" / "latent.json"
+    real = json.loads(path.read_text(encoding="utf-8"))["prosqa_graphs"]["aggregate"]
+    task, rng, total, draws, first = rewards.ProsQA(), random.Random(0), Counter(), 0, 0
+    while draws < 2000:
+        graph = task.graph(rng)
+        problem = task.dress(graph, rng)
+        if problem:
+            total.update(graph_of(problem, graph))
+            draws, first = draws + 1, first + (not problem["swap"])
+    mean = {name: count / draws for name, count in total.items()}
+    for ours, theirs in (
+        ("nodes", "nodes"),
+        ("edges", "edges"),
+        ("reach", "reachable_from_root"),
+        ("out", "root_out_degree"),
+    ):
+        assert mean[ours] == pytest.approx(real[theirs]["mean"], rel=0.05), ours
+    for name, theirs in (("path", "shortest_path_hist"), ("other", "neg_target_depth_hist")):
+        for key, share in real[theirs].items():
+            assert mean.get(f"{name} {key}", 0) == pytest.approx(share, abs=0.05), (name, key)
+    for key in ("2", "3"):
+        assert mean[f"entities {key}"] == pytest.approx(real["n_entities_hist"][key], abs=0.05)
+    families = {1: "only_root0", 2: "only_root1"}
+    for label, theirs in families.items():
+        assert mean[f"family {label}"] == pytest.approx(real["mean_family_counts"][theirs], rel=0.05)
+    assert mean["family 3"] < 2 and mean["family 0"] < 1
+    assert mean["root 1"] == pytest.approx(real["root_index_hist"]["1"], abs=0.05)
+    assert mean["deepest"] == pytest.approx(real["frac_target_at_max_leaf_depth"], abs=0.05)
+    assert first / draws == pytest.approx(0.5, abs=0.05)
+
+
+def test_prosqa_problems():
+    task = rewards.ProsQA()
+    streams = {s: [task.problem(s, 0, i) for i in range(100)] for s in ("train", "test")}
+    assert streams["train"] == [task.problem("train", 0, i) for i in range(100)]
+    assert not {task.key(p) for p in streams["train"]} & {task.key(p) for p in streams["test"]}
+    for problem in streams["train"]:
+        assert json.loads(json.dumps(problem)) == problem
+        question, steps, answer = task.question(problem), task.steps(problem), task.answer(problem)
+        assert len(steps) == below(problem["edges"], problem["root"])[problem["target"]] >= 3
+        assert all(step in question for step in steps)  # each is a premise
+        assert (
+            steps[0].split()[0] == problem["root"] == answer.split()[0] and steps[-1].split()[-1] == answer.split()[-1]
+        )
+        assert task.score("\n".join([*steps, "### " + answer]), problem)["correct"]
+        assert not task.score(f"### {problem['root']} is a {problem['other']}.", problem)["correct"]
+    with pytest.raises(BadInput, match="10 to 36"):
+        rewards.ProsQA(nodes=5)
+    assert len(rewards.ProsQA(nodes=36).problem("train", 0, 0)["edges"]) > 20
+
+
+CHAIN = {"question": "2 and 3?", "steps": ["2+3=5", "5*2=10"], "answer": "10"}
+PRONTO = {
+    "question": "Each cat is small. Sam is a cat.", "query": "True or false: Sam is small.", "answer": "True",
+    "chain_of_thought": ["Sam is a cat.", "Each cat is small.", "Sam is small."],
+}  # fmt: skip
+CHAIN_FILES = {
+    "list": json.dumps([CHAIN, CHAIN | {"answer": 10, "edges": [[0, 1]]}]),
+    "lines": json.dumps(CHAIN) + "\n\n" + json.dumps(CHAIN),
+    "one": json.dumps(CHAIN),
+    "gsm8k": "2 and 3?||2+3=5 5*2=10 #### 10\n2 and 3?||2+3=5 5*2=10## 10\n",
+}
+
+
+@pytest.mark.parametrize("form", CHAIN_FILES)
+def test_chain_files(form, tmp_path):
+    (tmp_path / "a").write_text(CHAIN_FILES[form], encoding="utf-8")
+    assert rewards.read_chains(str(tmp_path / "a")) == [CHAIN] * (1 if form == "one" else 2)
+
+
+def test_prontoqa_file(tmp_path):
+    examples = {f"example{i}": {"in_context_example0": PRONTO, "test_example": PRONTO} for i in (1, 2)}
+    (tmp_path / "a").write_text(json.dumps(examples), encoding="utf-8")
+    steps = ["Sam is a cat. Each cat is small.", "Sam is small."]
+    question = "Each cat is small. Sam is a cat. True or false: Sam is small."
+    assert rewards.read_chains(str(tmp_path / "a")) == [{"question": question, "steps": steps, "answer": "True"}] * 2
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "is empty"),
+        ("[]", "is empty"),
+        ("[1]", 'item 1: "steps" must be a list'),
+        (json.dumps([CHAIN, CHAIN | {"steps": "2+3=5"}]), 'item 2: "steps" must be a list of texts'),
+        (json.dumps([CHAIN | {"answer": " "}]), 'item 1: field "answer" is missing or empty'),
+        (json.dumps({"example7": {"test_example": PRONTO | {"query": None}}}), 'item example7: field "question"'),
+        (json.dumps({"example7": {"test_example": PRONTO | {"chain_of_thought": "x"}}}), "item example7: .steps"),
+        (json.dumps(CHAIN) + "\n{\n", "line 2: "),
+        ("2 and 3?||2+3=5 #### 10\nno separator\n", 'line 2: field "answer" is missing'),
+        ("[" * 100_000, "line 1: "),
+    ],
+)
+def test_bad_chain_files(tmp_path, text, words):
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(BadInput, match=words) as error:
+        rewards.make_task("chains", data=str(tmp_path / "a.json"))
+    assert "a.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_chains_task(tmp_path):
+    rows = [CHAIN | {"question": f"{i} and 3?"} for i in range(100)]
+    task = rewards.make_task("chains", data=write(tmp_path / "a.jsonl", rows))
+    assert len(task.streams["train"]) + len(task.streams["test"]) == 100 > len(task.streams["train"]) > 80
+    problem = task.problem("train", 0, 0)
+    assert task.steps(problem) == CHAIN["steps"] and task.score("2+3=5\n### 10", problem)["correct"]
+    both = rewards.make_task(f"chains:test={write(tmp_path / 'b.jsonl', rows[:3])}", data=str(tmp_path / "a.jsonl"))
+    assert len(both.streams["train"]) == 100 and both.streams["test"] == rewards.read_chains(str(tmp_path / "b.jsonl"))
+    with pytest.raises(BadInput, match="give --data"):
+        rewards.make_task("chains")
+
+
 @pytest.mark.parametrize("text, right", [("### 1,080", True), ("x\n#### 1080\n", True), ("1080 #", False), ("", False)])
 def test_score_last_line(text, right):
     assert rewards.score_last_line(text, "1080")["correct"] == right
@@ -677,7 +820,7 @@ def test_make_task():
     assert rewards.make_task("multiplication:max_digits=4") == rewards.Multiplication(1, 4)
     assert rewards.make_task("multiplication:max_digits=4", natural=True) == rewards.Multiplication(2, 4)
     for spec, words in [
-        ("chess", "countdown, multiplication, gsm8k, math, affine, s3"),
+        ("chess", "countdown, multiplication, gsm8k, math, affine, s3, prosqa, chains"),
         ("multiplication:size=3", "'size=3'.*min_digits=int, max_digits=int"),
         ("multiplication:max_digits=two", "'max_digits=two'.*max_digits=int"),
         ("multiplication:max_digits=99", "<= 18"),
