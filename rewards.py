@@ -703,8 +703,9 @@ class ProsQA:
         edges = [(symbols[p], symbols[i]) for i in kept for p in graph["parents"][i]]
         roots, ends = [symbols[0], symbols[1]], [symbols[target], symbols[other]]
         return {
-            "edges": [list(edge) for edge in edges], "roots": roots, "root": roots[labels[target] - 1], "target": ends[0], "other": ends[1],
-            "order": rng.sample(range(len(edges)), len(edges)), "path": rng.random(), "swap": rng.random() < 0.5,
+            "edges": [list(edge) for edge in edges], "order": rng.sample(range(len(edges)), len(edges)),
+            "roots": roots, "root": roots[labels[target] - 1], "target": ends[0], "other": ends[1],
+            "path": rng.random(), "swap": rng.random() < 0.5,
         }  # fmt: skip
 
     def sentence(self, parent: str, child: str) -> str:
