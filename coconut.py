@@ -23,7 +23,8 @@ Expect
     TODO
 
 Differs from the paper in: a stage ends early once it is learnt (--gate 0 --epochs_per_stage 3: the paper's clock);
-mixed stages are drawn for a whole batch, so that its rows have equally many thoughts; gradients are clipped at 1.
+mixed stages are drawn for a whole batch, so that its rows have equally many thoughts; gradients are clipped at 1; beta2
+of AdamW is 0.95, since old squares slow a new stage (the paper's code starts a new AdamW every epoch).
 
 Legend: B rows, T tokens, C hidden size, V vocabulary, H query heads, K key heads, D head size, P prompts.
 """
@@ -44,7 +45,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from difflib import get_close_matches
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
@@ -165,11 +166,9 @@ class GradCache:
 
     def __init__(self, model: "Model", rows: int, width: int):
         weight, c = model.lm_head.weight, model.config
-        shape = (rows, c["num_key_value_heads"], width, model.head_dim)
-        empty = torch.zeros(shape, device=weight.device, dtype=model.compute_dtype or weight.dtype)
-        self.keys, self.values = ([empty] * c["num_hidden_layers"] for _ in range(2))
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)
-        self.width = width
+        shape, dtype = (rows, c["num_key_value_heads"], width, model.head_dim), model.compute_dtype or weight.dtype
+        self.keys, self.values = ([weight.new_zeros(shape, dtype=dtype)] * c["num_hidden_layers"] for _ in range(2))
+        self.lengths, self.width = torch.zeros(rows, dtype=torch.long, device=weight.device), width
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v (B, K, T, D) put behind each row's length; this layer's keys and values, (B, K, width, D)."""
@@ -187,7 +186,6 @@ def thinking(forward: Callable) -> Callable:
     positions, or none. n of them, the most of any row, take n + 1 passes. Source: arXiv:2412.06769 sec. 3.
     """
 
-    @wraps(forward)
     def think(self: "Model", inputs: Tensor, positions=None, cache=None, mask=None) -> Tensor:
         latent = self.config.get("latent_token_id")  # the checkpoint says which id is a thought's place
         if latent is None or inputs.shape[1] == 1 or inputs.is_floating_point() or not (inputs == latent).any():
@@ -231,39 +229,39 @@ def next_stage(stage: int, recent: list[float], steps_in_stage: int, gate: float
 
 
 @torch.no_grad()
-def probe(model: "Model", prompter: "ThoughtPrompter", problems: list[dict]) -> list[list[float]]:
-    """What the thoughts encode: row i, column j is the share of problems whose i-th thought, put through the head,
-    gives the result of step j the highest logit among all results. Needs steps "...=result" of one token each.
+def probe(model: "Model", prompter: "ThoughtPrompter", problems: list[dict]) -> Tensor:
+    """What the thoughts encode, (2, thoughts, steps): mean probability of each step's result when a thought is put
+    through the head and decoded among all results, and share of problems where that result comes first.
+
+    Needs problems of equally many steps "...=result", a result of one token. Source: arXiv:2412.06769 sec. 5.
     """
     results = [[prompter.encode(step.rpartition("=")[2])[0] for step in prompter.task.steps(p)] for p in problems]
-    choices = torch.tensor(sorted({i for row in results for i in row}), device=model.lm_head.weight.device)
-    tokens = pad_rows([prompter.encode(prompter.text(p)) for p in problems], choices.device, torch.long)
-    hidden = model(tokens)  # (B, T, C)
-    rows, columns = (tokens[:, 1:] == model.config["latent_token_id"]).nonzero(as_tuple=True)  # the position before
-    best = choices[model.logits(hidden[rows, columns])[:, choices].argmax(-1)].view(len(problems), -1)  # (B, n)
-    truth = torch.tensor(results, device=best.device)  # (B, steps)
-    return (best[:, :, None] == truth[:, None]).float().mean(0).tolist()
+    choices = sorted({i for row in results for i in row})
+    tokens = pad_rows([prompter.encode(prompter.text(p)) for p in problems], model.lm_head.weight.device, torch.long)
+    rows, before = (tokens[:, 1:] == model.config["latent_token_id"]).nonzero(as_tuple=True)  # a thought is the state
+    probs = model.logits(model(tokens)[rows, before])[:, choices].softmax(-1)  # before its place
+    probs = probs.view(len(problems), -1, len(choices))  # (B, thoughts, results)
+    truth = torch.tensor([[choices.index(i) for i in row] for row in results], device=tokens.device)  # (B, steps)
+    first, truth = (F.one_hot(i, len(choices)).float() for i in (probs.argmax(-1), truth))
+    return torch.stack([torch.einsum("bnr,bsr->ns", part, truth) / len(problems) for part in (probs, first)])
 
 
 # ------------------------------------------------------------------------------------------------- training
 
 
-def scratch_model(num_layers: int, size: int, seed: int) -> "Model":
+def scratch_model(cfg: Config) -> "Model":
     """A new tiny Llama with the tokenizer of models/tiny. Embeddings and hidden states start equally large, so that a
     thought looks like a token.
     """
-    folder = Path(__file__).parent / "models" / "tiny"
-    config = {name: read_json(folder / "config.json")[name] for name in ("vocab_size", "eos_token_id", "pad_token_id")}
-    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": size, "hidden_act": "silu"}
-    config |= {"intermediate_size": 2 * size, "num_hidden_layers": num_layers, "num_attention_heads": size // 16}
-    config |= {"num_key_value_heads": size // 16, "head_dim": 16, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
-    model = Model(config | {"tie_word_embeddings": False, "max_position_embeddings": 2048, "bos_token_id": None})
-    torch.manual_seed(seed)
+    folder, size = Path(__file__).parent / "models" / "tiny", cfg.hidden_size
+    config = read_json(folder / "config.json") | {"hidden_size": size, "num_hidden_layers": cfg.num_layers}
+    config |= {"intermediate_size": 2 * size, "num_attention_heads": size // 16, "num_key_value_heads": size // 16}
+    model = Model(config | {"head_dim": 16, "tie_word_embeddings": False})
+    torch.manual_seed(cfg.seed)
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
             nn.init.normal_(weight, std=1.0 if "embed" in name else size**-0.5)
-    with torch.no_grad():
-        model.lm_head.weight.copy_(model.model["embed_tokens"].weight * size**-0.5)
+    model.lm_head.weight.data = model.model["embed_tokens"].weight.detach() * size**-0.5
     model.folder, model.is_tiny = folder, True
     return model
 
@@ -272,8 +270,7 @@ def prepare(cfg: Config, folder: Path) -> None:
     """Write the model to start from into `folder`: with tokens for <bot>, a thought's place and <eot>, new ones with
     the weights of "<<" (as the paper's code), and a config.json that says which of them is the place.
     """
-    new = cfg.model == "scratch"
-    model = scratch_model(cfg.num_layers, cfg.hidden_size, cfg.seed) if new else load_model(resolve_model(cfg.model))
+    model = scratch_model(cfg) if cfg.model == "scratch" else load_model(resolve_model(cfg.model))
     tokenizer, names = load_tokenizer(model.folder), MARKERS[model.is_tiny]
     missing = [name for name in names if tokenizer.token_to_id(name) is None]
     like = tokenizer.encode("<<", add_special_tokens=False).ids[0]
@@ -289,16 +286,16 @@ def prepare(cfg: Config, folder: Path) -> None:
 
 def check_flags(cfg: Config) -> None:
     """Refuse flags that contradict each other."""
-    default, own = Config(), cfg.model == "scratch"
-    sizes = (cfg.num_layers, cfg.hidden_size) == (default.num_layers, default.hidden_size)
-    need(own or sizes, f"--num_layers and --hidden_size are for scratch, not {cfg.model}")
+    sizes = (cfg.num_layers, cfg.hidden_size) == (Config.num_layers, Config.hidden_size)
+    need(sizes or cfg.model == "scratch", f"--num_layers and --hidden_size are for scratch, not {cfg.model}")
     need(cfg.hidden_size % 16 == 0, f"--hidden_size {cfg.hidden_size} is no multiple of 16, the size of a head")
     need(cfg.gate <= 1 and cfg.uniform_prob <= 1, f"--gate {cfg.gate}, --uniform_prob {cfg.uniform_prob}: at most 1")
     staged = "gate stage_steps epochs_per_stage uniform_prob reset_optimizer".split()
     useless = {"cot": [*staged, "c", "max_stage"], "no_cot": [*staged, "c", "max_stage"], "no_thoughts": ["c"]}
     for name in useless.get(cfg.mode, staged if cfg.mode == "no_curriculum" else []):
         given = getattr(cfg, name)
-        need(given == getattr(default, name), f"--{name} {given} does nothing with --mode {cfg.mode}; leave it out")
+        same = cfg.resume or given == getattr(Config, name)  # a run that goes on has what was chosen for it
+        need(same, f"--{name} {given} does nothing with --mode {cfg.mode}; leave it out")
     need(cfg.data or not cfg.epochs_per_stage, f"--epochs_per_stage {cfg.epochs_per_stage} needs --data")
 
 
@@ -308,34 +305,31 @@ def train(cfg: Config) -> int:
     """
     run = Run(cfg)
     check_flags(cfg)
-    task = make_task("chains" if cfg.data and cfg.task == Config.task else cfg.task, cfg.data)
+    cfg.task = "chains" if cfg.data and cfg.task == Config.task else cfg.task
+    task = make_task(cfg.task, cfg.data)
     need(hasattr(task, "steps"), f"--task {cfg.task} has no steps to replace: take affine, s3, prosqa, or give --data")
     temporary = tempfile.TemporaryDirectory()
-    start_folder = run.on_rank_0(lambda: prepare(cfg, Path(temporary.name)) or temporary.name)
-    model, sampler = run.load(start_folder)
+    model, sampler = run.load(run.on_rank_0(lambda: prepare(cfg, Path(temporary.name)) or temporary.name))
     chosen = run.choose(model, BY_SIZE)
     if not cfg.max_stage:
-        longest = max(len(task.steps(task.problem("train", cfg.seed, i))) for i in range(100))
-        cfg.max_stage = chosen["max_stage"] = min(6, longest)
+        counts = [len(task.steps(task.problem("train", cfg.seed, i))) for i in range(100)]
+        cfg.max_stage = chosen["max_stage"] = min(6, max(counts))
     if cfg.epochs_per_stage:
-        cfg.stage_steps = chosen["stage_steps"] = math.ceil(cfg.epochs_per_stage * task.size() / cfg.batch_size)
+        count = cfg.epochs_per_stage * len(task.streams["train"])
+        cfg.stage_steps = chosen["stage_steps"] = math.ceil(count / cfg.batch_size)
     prompter = ThoughtPrompter(model, task, cfg)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
     run.open(model, prompter, chosen, f"{cfg.batch_size} sequences per step, mode {cfg.mode}")
     last = cfg.max_stage + 1
-    state = {"stage": {"cot": 0, "no_cot": last, "no_curriculum": last}.get(cfg.mode, 0), "since": 0, "recent": []}
-    start = 0
+    state = {"step": 0, "stage": last if cfg.mode in ("no_cot", "no_curriculum") else 0, "since": 0, "recent": []}
     if cfg.resume:
-        saved = run.resume(model, optimizer)
-        start, state = saved["step"], {name: saved[name] for name in state}
+        state = {name: value for name, value in run.resume(model, optimizer).items() if name in state}
     run.refresh(sampler, model)
-    prompter.stage = last
+    prompter.stage, start = state["stage"], state.pop("step")
     run.say(f"row    {escaped(prompter.decode(prompter.row(task.problem('train', cfg.seed, 0), 1)[0]))}")
-    prompter.stage = state["stage"]
 
     for step in range(start + 1, cfg.steps + 1):
-        began, mixed = time.time(), Random(f"mix {cfg.seed} {step}")
-        stage = state["stage"]
+        began, mixed, stage = time.time(), Random(f"mix {cfg.seed} {step}"), state["stage"]
         if cfg.mode in CURRICULUM and mixed.random() < cfg.uniform_prob:  # the same on every rank
             stage = mixed.randint(0, last)
         problems = [task.problem("train", cfg.seed, (step - 1) * cfg.batch_size + i) for i in range(cfg.batch_size)]
@@ -354,8 +348,8 @@ def train(cfg: Config) -> int:
         norm = run.update(model, optimizer, cfg.lr)
         run.refresh(sampler, model)
 
-        loss, entropy, right = (sum(column) for column in zip(*run.gather((loss, entropy, right)), strict=True))
-        right /= cfg.batch_size
+        sums = (loss, entropy, right / cfg.batch_size)
+        loss, entropy, right = (sum(column) for column in zip(*run.gather(sums), strict=True))
         metrics = {"loss": loss, "entropy": entropy, "rows_right": right, "grad_norm": norm, "lr": cfg.lr}
         metrics |= {"stage": stage, "tokens": num_tokens, "tokens_per_s": num_tokens / (time.time() - began)}
         run.log(step, metrics, show=("loss", "rows_right", "stage", "tokens_per_s"))
@@ -382,8 +376,8 @@ def train(cfg: Config) -> int:
 def keep_samples(run: "Run", model: "Model", prompter: "ThoughtPrompter", step: int) -> None:
     """Log the answers to the first two held-out problems, and say one."""
     if run.rank == 0 and run.cfg.eval_problems:
-        two = list(enumerate(heldout(prompter.task, min(2, run.cfg.eval_problems))))
-        done = rollout(model, prompter, two, 1, run.cfg.max_new_tokens, (run.cfg.seed, 0), run.cfg.temperature)
+        two = enumerate(heldout(prompter.task, min(2, run.cfg.eval_problems)))
+        done = rollout(model, prompter, [*two], 1, run.cfg.max_new_tokens, (run.cfg.seed, 0), run.cfg.temperature)
         run.keep_samples(step, prompter, done, [0.0] * len(done))
         run.say(prompter.line(done[0]))
 
@@ -394,11 +388,13 @@ def summary(run: "Run", model: "Model", prompter: "ThoughtPrompter") -> None:
         return
     for line in map(json.loads, run.metrics.read_text(encoding="utf-8").splitlines()):
         if "eval/stage" in line and line["step"]:
-            at = {name: line[f"eval/{name}"] for name in ("stage", "thoughts", "accuracy", "generated_tokens")}
-            run.say(f"step {line['step']} " + ", ".join(f"{name} {value:.3g}" for name, value in at.items()))
-    if model.config["latent_token_id"] is not None and prompter.stage:
-        for i, row in enumerate(probe(model, prompter, heldout(prompter.task, run.cfg.eval_problems)), 1):
-            run.say(f"thought {i} decodes to result 1, 2, ..: " + " ".join(f"{share:.3f}" for share in row))
+            names = "stage", "thoughts", "accuracy", "generated_tokens"
+            run.say(f"step {line['step']}: " + ", ".join(f"{name} {line['eval/' + name]:.3g}" for name in names))
+    if model.config["latent_token_id"] is not None and prompter.stage and not prompter.task.MARKER:
+        run.say("thought decoded: probability of the result of step 1, 2, .. (share where it comes first)")
+        probs, first = probe(model, prompter, heldout(prompter.task, run.cfg.eval_problems)).tolist()
+        for i, row in enumerate(zip(probs, first, strict=True), 1):
+            run.say(f"thought {i}  " + "  ".join(f"{p:.3f} ({share:.3f})" for p, share in zip(*row, strict=True)))
 
 
 # ---------------------------------------- below: the machine, the same text in every script that has it
@@ -1450,6 +1446,8 @@ class ThoughtPrompter(Prompter):
     def __init__(self, model: Model, task, cfg: Config):
         super().__init__(model, task, chat=False)
         self.cfg, self.stage, self.stop = cfg, 0, ()
+        self.encode = lru_cache(2**16)(self.encode)  # the same few equations, again and again
+        self.ask = getattr(task, "compact" if self.style == "compact" else "question", task.question)
         self.names = MARKERS[model.is_tiny]
         self.markers = tuple(self.tokenizer.token_to_id(name) for name in self.names)
         self.marked = cfg.mode in ("coconut", "pause", "no_curriculum")
@@ -1458,19 +1456,15 @@ class ThoughtPrompter(Prompter):
         cfg, count = self.cfg, len(self.task.steps(problem))
         return stage_plan(cfg.mode, stage, count, cfg.c, cfg.max_stage, cfg.pad_latent_to_max, prompting)
 
-    def question(self, problem: dict) -> str:
-        return (self.task.compact if self.style == "compact" else self.task.question)(problem) + "\n"
-
     def text(self, problem: dict) -> str:
-        start, place, end = self.names
         thoughts = self.plan(problem, self.stage, prompting=True)[1]
-        return self.question(problem) + (start + place * thoughts + end) * self.marked
+        return self.ask(problem) + "\n" + (self.names[0] + self.names[1] * thoughts + self.names[2]) * self.marked
 
     def row(self, problem: dict, stage: int) -> tuple[list[int], list[int]]:
         steps = [self.encode(step + "\n") for step in self.task.steps(problem)]
         answer = self.encode(self.task.MARKER + self.task.answer(problem)) + self.end
         markers = self.markers if self.marked else None
-        return layout(self.encode(self.question(problem)), steps, answer, markers, *self.plan(problem, stage))
+        return layout(self.encode(self.ask(problem) + "\n"), steps, answer, markers, *self.plan(problem, stage))
 
     def describe(self, c: Completion) -> dict[str, float]:
         """Generated tokens: thoughts count, markers and the end token do not; a pause is read, not generated."""

@@ -542,11 +542,11 @@ class AffineChain:
             raise BadInput(f"{self}: length 1 to 50 and modulus 3 to 10 are allowed, so that a value is one digit")
 
     def problem(self, split: str, seed: int, index: int) -> dict:
-        """+ 0 to + 6 and * 1 to * 6: both keep all values equally likely, where * 0 would forget what was before."""
+        """Easy operations, + 0, * 0 and * 1, are among the hard ones; so 0 is the answer of every fourth problem."""
         rng = random.Random(f"affine {split} {seed} {index}")
         for _ in range(10_000):
             signs = [rng.choice("+*") for _ in range(self.length)]
-            operations = [sign + str(rng.randrange(sign == "*", self.modulus)) for sign in signs]
+            operations = [sign + str(rng.randrange(self.modulus)) for sign in signs]
             problem = {"start": rng.randrange(self.modulus), "operations": operations}
             if split_of(self.key(problem)) == split:
                 return problem

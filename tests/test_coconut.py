@@ -267,3 +267,142 @@ def test_gradient_reaches_the_question_through_the_thoughts_alone(llama):
     fixed = torch.stack([s.detach() if ids[i] == PLACE else s for i, s in enumerate(states)])
     F.cross_entropy(llama.logits(llama(fixed[None])[0, -2:-1]), tokens[0, -1:], reduction="sum").neg().backward()
     assert not torch.allclose(through, llama.model["layers"][0].self_attn["q_proj"].weight.grad, rtol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------- the whole script
+
+
+def run_of(cfg_flags: str, folder: Path) -> "coconut.Config":
+    return coconut.parse_config(coconut.Config, f"--device cpu --out {folder} {cfg_flags}".split())
+
+
+def prompter_of(
+    folder: Path, flags: str = "", task: str = "affine"
+) -> tuple["coconut.Model", "coconut.ThoughtPrompter"]:
+    cfg = run_of(f"--max_stage 3 --task {task} {flags}", folder)
+    coconut.prepare(cfg, folder)
+    model = coconut.load_model(folder)
+    return model, coconut.ThoughtPrompter(model, coconut.make_task(task), cfg)
+
+
+@pytest.mark.parametrize("mode", ["coconut", "cot", "no_cot", "no_thoughts", "pause", "no_curriculum"])
+def test_rows_and_prompts_of_every_mode(tmp_path, mode):
+    """A prompt is the start of the row of the same stage; token counts follow the paper."""
+    model, prompter = prompter_of(tmp_path, f"--mode {mode}")
+    problem, steps = {"start": 3, "operations": ["+2", "*4", "+6"]}, ["3+2=5\n", "5*4=6\n", "6+6=5\n"]
+    marked, place = mode in ("coconut", "pause", "no_curriculum"), prompter.markers[1]
+    assert model.config["latent_token_id"] == (place if mode in ("coconut", "no_curriculum") else None)
+    for stage in range(5):
+        prompter.stage = stage
+        ids, mask = prompter.row(problem, stage)
+        prompt = prompter.encode(prompter.text(problem))
+        assert ids[: len(prompt)] == prompt and mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+        left = {"cot": 0, "no_cot": 3}.get(mode, min(stage, 3))
+        assert prompter.decode(ids[len(prompt) :]) == "".join(steps[left:]) + "5<eos>"
+        thoughts = min(stage, 3) * marked
+        assert prompter.decode(prompt) == "3+2*4+6\n" + ("<bot>" + "<latent>" * thoughts + "<eot>") * marked
+        done = coconut.Completion(0, problem, prompt, prompter.encode("5") + prompter.end, [0.0, 0.0], True, "5", {})
+        counted = 1 + thoughts * (mode != "pause")
+        assert prompter.describe(done) == {"stage": stage, "thoughts": counted - 1, "generated_tokens": counted}
+
+
+def test_new_tokens_start_like_an_existing_one(tmp_path, small):
+    """A vocabulary without markers grows by three rows, equal to that of "<<"; the folder opens elsewhere."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in small.iterdir():
+        text = path.read_bytes() if path.suffix != ".json" else path.read_text(encoding="utf-8")
+        if path.name == "tokenizer.json":
+            for word in ("bot", "latent", "eot"):
+                text = text.replace(f"<{word}>", f"<other_{word}>")
+        (other / path.name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / "made").mkdir()
+    model, prompter = prompter_of(tmp_path / "made", f"--model {other}", "prosqa")
+    before = coconut.load_model(other).model["embed_tokens"].weight
+    after = model.model["embed_tokens"].weight
+    like = prompter.encode("<<")[0]
+    assert after.shape[0] == before.shape[0] + 3 and torch.equal(after[: len(before)], before)
+    assert prompter.markers == tuple(range(len(before), len(before) + 3))
+    assert all(torch.equal(after[i], before[like]) for i in prompter.markers)
+    assert prompter.style == "text" and model.config["latent_token_id"] == prompter.markers[1]
+    prompter.stage = 2
+    ids, _ = prompter.row(prompter.task.problem("train", 0, 0), 2)
+    assert ids.count(prompter.markers[1]) == 2 and "### " in prompter.decode(ids)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path / "made")("<|latent|>")["input_ids"] == [prompter.markers[1]]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "made").float()
+    plain = torch.tensor([prompter.encode("Every cat is a dog.")])
+    torch.testing.assert_close(
+        model.logits(model(plain)).nan_to_num(neginf=0)[..., 44:], theirs(plain).logits[..., 44:]
+    )
+
+
+def test_probe_by_hand(tmp_path):
+    """Thoughts that are the head's rows of the results themselves decode to them."""
+    model, prompter = prompter_of(tmp_path)
+    prompter.stage = 3
+    problems = [prompter.task.problem("test", 0, i) for i in range(20)]
+    results = [[int(step[-1]) for step in prompter.task.steps(p)] for p in problems]
+    digits = torch.tensor([prompter.encode(str(d))[0] for d in range(7)])
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[digits, digits - digits[0]] = 50.0
+
+    def forward(tokens):
+        hidden = torch.zeros(*tokens.shape, model.config["hidden_size"])
+        at = (tokens == prompter.markers[1]).int().argmax(1)
+        for row, values in enumerate(results):
+            for i in range(3):  # thought 1 holds result 1, thoughts 2 and 3 both hold result 2
+                hidden[row, at[row] - 1 + i, values[min(i, 1)]] = 1.0
+        return hidden
+
+    model.forward = forward
+    probs, first = coconut.probe(model, prompter, problems)
+    assert probs.shape == first.shape == (3, 3)
+    torch.testing.assert_close(probs, first)
+    assert first[0, 0] == first[1, 1] == first[2, 1] == 1.0
+    same = sum(r[0] == r[2] for r in results) / 20
+    assert first[0, 2] == pytest.approx(same)
+
+
+def test_stages_follow_the_clock_and_the_gate(run, cwd):
+    """One step a stage by the clock; a gate of almost 0 would need GATE_STEPS steps."""
+    from conftest import lines_of
+
+    assert run("coconut", "--mode coconut --uniform_prob 0 --stage_steps 1 --steps 5 --out a").code == 0
+    rows = [row for row in lines_of(cwd / "a" / "metrics.jsonl") if "loss" in row]
+    assert [row["stage"] for row in rows] == [0, 1, 2, 3, 4]
+    evaluations = [row for row in lines_of(cwd / "a" / "metrics.jsonl") if "eval/stage" in row]
+    assert [(row["step"], row["eval/stage"], row["eval/thoughts"]) for row in evaluations] == [
+        (1, 0, 0), (2, 1, 1), (3, 2, 2), (4, 3, 3), (5, 4, 3), (0, 4, 3),
+    ]  # fmt: skip
+    assert rows[0]["tokens"] > rows[3]["tokens"] == rows[4]["tokens"]
+
+
+def test_mixed_batches_are_of_any_stage(run, cwd):
+    from conftest import lines_of
+
+    assert run("coconut", "--mode pause --uniform_prob 1 --steps 12 --eval_problems 0 --out a").code == 0
+    assert {row["stage"] for row in lines_of(cwd / "a" / "metrics.jsonl")} == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("mode", ["cot", "no_cot", "no_thoughts", "pause"])
+def test_controls_run_and_go_on(run, cwd, mode):
+    assert run("coconut", f"--mode {mode} --out a").code == 0
+    done = run("coconut", "--resume a --steps 3", model=None, base=False)
+    assert done.code == 0, done.err
+    assert "thought" not in done.out.replace("eval/thoughts", "").replace("thoughts 0", "")
+
+
+def test_a_file_by_epochs(run, cwd):
+    """Eight rows a step: two epochs of 24 rows or so are the stage."""
+    chains = [
+        {"question": f"{i}+1", "steps": [f"{i}+1={i + 1}"] * (1 + i % 3), "answer": str(i + 1)} for i in range(30)
+    ]
+    (cwd / "data.json").write_text(json.dumps(chains), encoding="utf-8")
+    flags = "--mode coconut --data data.json --epochs_per_stage 2 --gate 0 --uniform_prob 0 --c 2 --steps 9 --out a"
+    done = run("coconut", flags)
+    assert done.code == 0, done.err
+    about = json.loads((cwd / "a" / "run.json").read_text(encoding="utf-8"))
+    assert about["chosen"]["max_stage"] == 3 and 6 <= about["chosen"]["stage_steps"] <= 8
