@@ -383,7 +383,7 @@ def test_stages_follow_the_clock_and_the_gate(run, cwd):
 def test_mixed_batches_are_of_any_stage(run, cwd):
     from conftest import lines_of
 
-    assert run("coconut", "--mode pause --uniform_prob 1 --steps 12 --eval_problems 0 --out a").code == 0
+    assert run("coconut", "--mode pause --uniform_prob 1 --steps 30 --eval_problems 0 --out a").code == 0
     assert {row["stage"] for row in lines_of(cwd / "a" / "metrics.jsonl")} == {0, 1, 2, 3, 4}
 
 
@@ -392,7 +392,7 @@ def test_controls_run_and_go_on(run, cwd, mode):
     assert run("coconut", f"--mode {mode} --out a").code == 0
     done = run("coconut", "--resume a --steps 3", model=None, base=False)
     assert done.code == 0, done.err
-    assert "thought" not in done.out.replace("eval/thoughts", "").replace("thoughts 0", "")
+    assert "thought decoded" not in done.out
 
 
 def test_a_file_by_epochs(run, cwd):

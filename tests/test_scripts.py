@@ -945,7 +945,6 @@ BAD_COCONUT = {
     "--mode no_thoughts --c 2": "--c 2 does nothing with --mode no_thoughts",
     "--mode coconut --epochs_per_stage 3": "--epochs_per_stage 3 needs --data",
     "--group_size 4": "unknown flag --group_size",
-    "--resume {given}/grpo-run": "is a run of grpo.py",
 }
 ROWS = [("grpo", flags) for flags in BAD | BAD_GRPO] + [("sft", flags) for flags in BAD | BAD_SFT]
 ROWS += [("ppo", flags) for flags in BAD_PPO] + [("coconut", flags) for flags in BAD_COCONUT]
