@@ -406,3 +406,27 @@ def test_a_file_by_epochs(run, cwd):
     assert done.code == 0, done.err
     about = json.loads((cwd / "a" / "run.json").read_text(encoding="utf-8"))
     assert about["chosen"]["max_stage"] == 3 and 6 <= about["chosen"]["stage_steps"] <= 8
+
+
+@pytest.mark.skipif(
+    not os.environ.get("SMOLLM2"), reason="SMOLLM2 names no folder; python tests/smollm2.py DIR makes it"
+)
+def test_a_real_model_thinks(tmp_path):
+    """SmolLM2-135M with three new tokens: two ProsQA rows with thoughts equal recomputation; one step trains it."""
+    model, prompter = prompter_of(tmp_path, f"--model {os.environ['SMOLLM2']} --c 2", "prosqa")
+    assert prompter.style == "text" and prompter.markers == (49152, 49153, 49154)
+    rows = [prompter.row(prompter.task.problem("train", 0, i), i + 1) for i in range(2)]
+    tokens, mask = padded(rows)
+    assert [ids.count(49153) for ids, _ in rows] == [2, 4]
+    with torch.no_grad():
+        hidden = model(tokens)
+        for row, (ids, _) in enumerate(rows):
+            embeddings = list(model.model["embed_tokens"].weight[torch.tensor(ids)])
+            for position in (i for i, token in enumerate(ids) if token == 49153):
+                embeddings[position] = model(torch.stack(embeddings)[None])[0, position - 1]
+            alone = model(torch.stack(embeddings)[None])[0]
+            torch.testing.assert_close(hidden[row, : len(ids)], alone, atol=2e-3, rtol=1e-3)
+    logprobs, _ = coconut.completion_logprobs(model, tokens, mask)
+    (-logprobs.sum() / mask.sum()).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert 0 < float(norm) < float("inf")
