@@ -92,6 +92,19 @@ def score_math(text: str, gold: str, **kw) -> dict:
     return score(text, answer, answer is not None and math_equal(str(gold), answer), **kw)
 
 
+def score_last_line(text: str, gold: str, format_weight: float = 0.1, eos: str = "") -> dict:
+    """Score of a chain of steps: what stands on the last line, after the last # there; commas do not count. There is
+    no layout to reward: format only says whether there is an answer.
+
+    >>> score_last_line("3*4=12\\n12*90=1080\\n### 1,080", "1080")["correct"]
+    True
+    """
+    line = text.rstrip().removesuffix(eos).strip().rpartition("\n")[2]
+    answer = line.rpartition("#")[2].replace(",", "").strip()
+    layout, correct = float(answer != ""), answer == str(gold).replace(",", "").strip()
+    return {"format": layout, "answer": answer, "correct": correct, "total": correct + format_weight * layout}
+
+
 def score(text: str, answer: str | None, correct: bool, format_weight: float = 0.1, eos: str = "") -> dict:
     """The parts of a reward and their sum (eq. 1)."""
     layout = float(strict_format(text, eos))
@@ -506,8 +519,331 @@ class Math(GSM8K):
     FIELD, EXAMPLE, SCORER = "problem", "\\frac{1}{2}", staticmethod(score_math)
 
 
+# Chains: a problem with steps(problem), a list of texts, and answer(problem). MARKER stands before the answer; without
+# one the answer looks like the result of a step. Neither tags nor <think>: the steps are the thinking.
+
+
+@dataclass
+class AffineChain:
+    """A start value, then `length` operations + d or * d modulo `modulus`; a step is one equation.
+
+    >>> AffineChain().steps({"start": 3, "operations": ["+2", "*4", "+6"]})
+    ['3+2=5', '5*4=6', '6+6=5']
+    """
+
+    length: int = 3
+    modulus: int = 7
+
+    NATURAL = {}
+    MARKER = ""
+
+    def __post_init__(self):
+        if not (1 <= self.length <= 50 and 3 <= self.modulus <= 10):
+            raise BadInput(f"{self}: length 1 to 50 and modulus 3 to 10 are allowed, so that a value is one digit")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        """Easy operations, + 0, * 0 and * 1, are among the hard ones; so 0 is the answer of every fourth problem."""
+        rng = random.Random(f"affine {split} {seed} {index}")
+        for _ in range(10_000):
+            signs = [rng.choice("+*") for _ in range(self.length)]
+            operations = [sign + str(rng.randrange(self.modulus)) for sign in signs]
+            problem = {"start": rng.randrange(self.modulus), "operations": operations}
+            if split_of(self.key(problem)) == split:
+                return problem
+        raise BadInput(f"no {split} problem found for {self}; make the chain longer")
+
+    def key(self, problem: dict) -> str:
+        return self.compact(problem)
+
+    def compact(self, problem: dict) -> str:
+        return str(problem["start"]) + "".join(problem["operations"])
+
+    def question(self, problem: dict) -> str:
+        operations = ", then ".join(problem["operations"])
+        return f"Start with {problem['start']} and apply {operations}, each time modulo {self.modulus}."
+
+    def steps(self, problem: dict) -> list[str]:
+        value, steps = problem["start"], []
+        for operation in problem["operations"]:
+            result = ARITHMETIC[operation[0]](value, int(operation[1:])) % self.modulus
+            steps.append(f"{value}{operation}={result}")
+            value = result
+        return steps
+
+    def answer(self, problem: dict) -> str:
+        return self.steps(problem)[-1].rpartition("=")[2]
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_last_line(text, self.answer(problem), **kw)
+
+
+PERMUTATIONS = list(itertools.permutations(range(3)))  # S3, written a to f in this order; a is the identity
+S3_PRODUCT = {  # "bc" -> the letter of "first b, then c"; the smallest group where the order matters
+    x + y: "abcdef"[PERMUTATIONS.index(tuple(q[i] for i in p))]
+    for x, p in zip("abcdef", PERMUTATIONS, strict=True)
+    for y, q in zip("abcdef", PERMUTATIONS, strict=True)
+}
+
+
+@dataclass
+class S3:
+    """The word problem of the symmetric group S3: the product of `elements` permutations of three things."""
+
+    elements: int = 5
+
+    NATURAL = {}
+    MARKER = ""
+
+    def __post_init__(self):
+        if not 2 <= self.elements <= 100:
+            raise BadInput(f"s3 takes 2 to 100 elements, not {self.elements}")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        rng = random.Random(f"s3 {split} {seed} {index}")
+        for _ in range(10_000):
+            problem = {"elements": "".join(rng.choice("abcdef") for _ in range(self.elements))}
+            if split_of(self.key(problem)) == split:
+                return problem
+        raise BadInput(f"no {split} problem found for {self}; take more elements")
+
+    def key(self, problem: dict) -> str:
+        return problem["elements"]
+
+    def compact(self, problem: dict) -> str:
+        return problem["elements"]
+
+    def question(self, problem: dict) -> str:
+        meaning = ", ".join(f"{x} = {p}" for x, p in zip("abcdef", PERMUTATIONS, strict=True))
+        return f"With {meaning}, apply {', '.join(problem['elements'])} from left to right. Which letter is the result?"
+
+    def products(self, problem: dict) -> str:
+        """The running product after each element, as letters.
+
+        >>> S3().products({"elements": "bbcde"})
+        'bacfc'
+        """
+        return "".join(itertools.accumulate(problem["elements"], lambda x, y: S3_PRODUCT[x + y]))
+
+    def steps(self, problem: dict) -> list[str]:
+        left = self.products(problem)
+        return [f"{left[i]}*{y}={left[i + 1]}" for i, y in enumerate(problem["elements"][1:])]
+
+    def answer(self, problem: dict) -> str:
+        return self.products(problem)[-1]
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_last_line(text, self.answer(problem), **kw)
+
+
+@dataclass
+class ProsQA:
+    """Is a node of a random graph of concepts below one concept or below another? (arXiv:2412.06769 app. A.2)
+
+    The published constants do not give the released data; these do. `nodes` are drawn, those without an edge go.
+    """
+
+    nodes: int = 28
+
+    NATURAL = {}
+    MARKER = "### "
+    ENTITIES = "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split()
+    CONCEPTS = [
+        syllable + "pus"
+        for syllable in (
+            "bom boom brim chor dum fel fom ger gor grim gwom hil im jel jom ker lem lor num quim rem rom ror scrom "
+            "shum ster stor ter tim tum vum wor wum yer yim yum zhor zum"
+        ).split()
+    ]
+
+    def __post_init__(self):
+        if not 10 <= self.nodes <= 36:
+            raise BadInput(f"prosqa:nodes={self.nodes}: 10 to 36 nodes are allowed, as many as there are names for")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        rng = random.Random(f"prosqa {split} {seed} {index}")
+        while True:  # nine graphs in ten will do, and one in ten is a test problem
+            problem = self.dress(self.graph(rng), rng)
+            if problem and split_of(self.key(problem)) == split:
+                return problem
+
+    def graph(self, rng: random.Random) -> dict:
+        """Labels, parents and depths of a random graph: nodes 0 and 1 are the roots of two families (labels 1 and 2),
+        which label 3 has in common and label 0 is outside of. Nearly all parents of a node come from one family.
+        """
+        labels, depths, parents = [1, 2], [0, 0], [[], []]
+        for _ in range(2, self.nodes):
+            u = rng.random()
+            family = 1 if u <= 0.35 else 2 if u <= 0.8 else 0
+            pool = [i for i, label in enumerate(labels) if not family or label == family]
+            chosen = []
+            for _ in range(min(poisson(1.5, rng), len(pool))):  # without replacement, the deeper the likelier
+                chosen += rng.choices(pool, [1.5 * depths[i] + 1 for i in pool])
+                pool.remove(chosen[-1])
+            parents.append(sorted(chosen))
+            labels.append(functools.reduce(operator.or_, (labels[i] for i in chosen), 0))
+            depths.append(1 + min(depths[i] for i in chosen) if chosen else 0)
+        return {"labels": labels, "parents": parents}
+
+    def dress(self, graph: dict, rng: random.Random) -> dict | None:
+        """A question about a graph: its root, a deepest leaf of that family, a leaf of the other one, and names."""
+        labels, children = graph["labels"], [[] for _ in graph["labels"]]
+        for child, parents in enumerate(graph["parents"]):
+            for parent in parents:
+                children[parent].append(child)
+        distance = {**distances(children, 0), **{i: d for i, d in distances(children, 1).items() if labels[i] == 2}}
+        leaves = [i for i, label in enumerate(labels) if i > 1 and label in (1, 2) and not children[i]]
+        deepest = max((distance[i] for i in leaves), default=0)
+        if deepest < 3 or len({labels[i] for i in leaves}) < 2:
+            return None
+        target = rng.choice([i for i in leaves if distance[i] == deepest])
+        other = rng.choice([i for i in leaves if labels[i] != labels[target]])
+        kept = [i for i, below in enumerate(children) if below or graph["parents"][i]]
+        names = rng.sample(self.ENTITIES, len(self.ENTITIES)), rng.sample(self.CONCEPTS, len(self.CONCEPTS))
+        symbols = {i: names[bool(graph["parents"][i])].pop() for i in kept}
+        edges = [(symbols[p], symbols[i]) for i in kept for p in graph["parents"][i]]
+        roots, ends = [symbols[0], symbols[1]], [symbols[target], symbols[other]]
+        return {
+            "edges": [list(edge) for edge in edges], "order": rng.sample(range(len(edges)), len(edges)),
+            "roots": roots, "root": roots[labels[target] - 1], "target": ends[0], "other": ends[1],
+            "path": rng.random(), "swap": rng.random() < 0.5,
+        }  # fmt: skip
+
+    def sentence(self, parent: str, child: str) -> str:
+        return f"{parent} is a {child}." if parent in self.ENTITIES else f"Every {parent} is a {child}."
+
+    def key(self, problem: dict) -> str:
+        edges = sorted("-".join(edge) for edge in problem["edges"])
+        return f"{problem['root']} {sorted((problem['target'], problem['other']))} {edges}"
+
+    def question(self, problem: dict) -> str:
+        facts = " ".join(self.sentence(*problem["edges"][i]) for i in problem["order"])
+        ends = [problem["target"], problem["other"]][:: -1 if problem["swap"] else 1]
+        return f"{facts} Is {problem['root']} a {ends[0]} or {ends[1]}?"
+
+    def steps(self, problem: dict) -> list[str]:
+        """One of the shortest paths from the root to the target, an edge a step."""
+        paths = [[problem["root"]]]
+        while not any(path[-1] == problem["target"] for path in paths):
+            paths = [[*path, child] for path in paths for parent, child in problem["edges"] if parent == path[-1]]
+        paths = [path for path in paths if path[-1] == problem["target"]]
+        path = paths[int(problem["path"] * len(paths))]
+        return [self.sentence(*edge) for edge in itertools.pairwise(path)]
+
+    def answer(self, problem: dict) -> str:
+        return f"{problem['root']} is a {problem['target']}."
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_last_line(text, self.answer(problem), **kw)
+
+
+def poisson(mean: float, rng: random.Random) -> int:
+    """A Poisson number, by counting how many uniform factors keep the product above e^-mean (Knuth)."""
+    count, product = 0, rng.random()
+    while product > math.exp(-mean):
+        count, product = count + 1, product * rng.random()
+    return count
+
+
+def distances(children: list[list[int]], root: int) -> dict[int, int]:
+    """Steps from the root to each node that can be reached."""
+    found, frontier = {root: 0}, [root]
+    for node in frontier:  # it grows while it is read: breadth first
+        for child in children[node]:
+            if child not in found:
+                found[child] = found[node] + 1
+                frontier.append(child)
+    return found
+
+
+@dataclass
+class Chains(GSM8K):
+    """Problems with steps from a file, `test` from another one; without it a tenth of the file is held out.
+
+    Read are ProsQA's JSON (a list of {"question", "steps", "answer"}) and the same as JSONL, ProntoQA's JSON, and the
+    lines of GSM8K-Aug, question||step step ...#### answer.
+    """
+
+    test: str = ""
+
+    MARKER = "### "
+
+    def __post_init__(self):
+        self.streams = {"train": read_chains(self.data), "test": read_chains(self.test) if self.test else []}
+        if not self.test:
+            everything, self.streams = self.streams["train"], {"train": [], "test": []}
+            for problem in everything:
+                self.streams[split_of(self.key(problem))].append(problem)
+
+    def question(self, problem: dict) -> str:
+        return problem["question"]
+
+    def steps(self, problem: dict) -> list[str]:
+        return problem["steps"]
+
+    def answer(self, problem: dict) -> str:
+        return problem["answer"]
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_last_line(text, problem["answer"], **kw)
+
+
+def read_chains(path: str) -> list[dict]:
+    """{"question", "steps", "answer"} of each problem in a file; BadInput names the file and the item or line."""
+    if not path:
+        raise BadInput("chains reads a file: give --data FILE, or chains:data=FILE")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the data file {path}: {error}") from None
+    try:
+        whole = json.loads(text)  # one JSON value
+        named = whole.items() if isinstance(whole, dict) and "question" not in whole else None
+        items = [*named] if named is not None else enumerate(whole if isinstance(whole, list) else [whole], 1)
+        items = [(f"item {name}", item) for name, item in items]
+    except (ValueError, RecursionError):
+        items = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    chains = []
+    for where, item in items:
+        try:
+            chains.append(read_chain(item))
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path}, {where}: {error}: {str(item)[:40]!r}") from None
+    if not chains:
+        raise BadInput(f"{path} is empty; it must hold problems with question, steps and answer")
+    return chains
+
+
+def read_chain(item: str | dict) -> dict:
+    """One problem of `read_chains`.
+
+    >>> read_chain("2 and 3?||<<2+3=5>> <<5*2=10>> #### 10")
+    {'question': '2 and 3?', 'steps': ['<<2+3=5>>', '<<5*2=10>>'], 'answer': '10'}
+    """
+    if isinstance(item, str) and not item.lstrip().startswith("{"):
+        question, _, rest = item.partition("||")
+        steps, _, answer = rest.partition("##")
+        item = {"question": question.strip(), "steps": steps.split(), "answer": answer.lstrip("#").strip()}
+    item = json.loads(item) if isinstance(item, str) else item
+    if isinstance(item, dict) and isinstance(item.get("test_example"), dict):  # ProntoQA: two sentences are a step
+        asked = item["test_example"]
+        thought, question = asked.get("chain_of_thought"), [asked.get("question"), asked.get("query")]
+        steps = [" ".join(thought[i : i + 2]) for i in range(0, len(thought), 2)] if strings(thought) else None
+        item = asked | {"question": " ".join(question) if strings(question) else None, "steps": steps}
+    if not isinstance(item, dict) or not strings(item.get("steps")):
+        raise BadInput('"steps" must be a list of texts')
+    for name in ("question", "answer"):
+        if not isinstance(item.get(name), (str, int, float)) or not str(item[name]).strip():
+            raise BadInput(f'field "{name}" is missing or empty')
+    return {"question": str(item["question"]), "steps": item["steps"], "answer": str(item["answer"])}
+
+
+def strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
 TASKS = {"countdown": Countdown, "multiplication": Multiplication, "gsm8k": GSM8K, "math": Math}
-Task = Countdown | Multiplication | GSM8K
+TASKS |= {"affine": AffineChain, "s3": S3, "prosqa": ProsQA, "chains": Chains}
+Task = Countdown | Multiplication | GSM8K | AffineChain | S3 | ProsQA
 
 
 def make_task(spec: str, data: str = "", natural: bool = False) -> Task:

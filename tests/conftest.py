@@ -30,6 +30,8 @@ SMALL = {
     "ppo": f"{SAME} --no-decay --group_size 4 --mini_batches 2 --reward cosine --repetition_penalty 1 --repetition_n 1",
     # all answers of a random model are wrong; their loss is 1 in every normaliser but this one
     "nsr": f"{SAME} --group_size 4 --updates 1 --normaliser sample",
+    # the last stage: all steps are thoughts
+    "coconut": f"{SAME} --mode no_curriculum".replace(" --warmup_steps 10", ""),
 }
 
 

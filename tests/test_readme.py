@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import coconut  # noqa: E402
 import grpo  # noqa: E402
 import nsr  # noqa: E402
 import ppo  # noqa: E402
@@ -16,7 +17,7 @@ import rewards  # noqa: E402
 import sft  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = {"grpo.py": grpo, "ppo.py": ppo, "nsr.py": nsr, "sft.py": sft}
+SCRIPTS = {"grpo.py": grpo, "ppo.py": ppo, "nsr.py": nsr, "sft.py": sft, "coconut.py": coconut}
 TEXTS = {"README.md": README, "models/README.md": (ROOT / "models" / "README.md").read_text(encoding="utf-8")}
 TEXTS |= {name: module.__doc__ for name, module in SCRIPTS.items()}
 COMMANDS = sorted(
@@ -64,6 +65,7 @@ def test_every_metric_of_a_run_is_explained(tmp_path):
     """One step of each script; every key of metrics.jsonl has a row in the README's table, and none is stale."""
     small = "--steps 1 --batch_size 4 --eval_problems 2 --eval_samples 2 --max_new_tokens 16".split()
     more = {"grpo.py": "--group_size 2", "ppo.py": "--group_size 2 --mini_batches 1", "sft.py": "--num_layers 1"}
+    more["coconut.py"] = "--hidden_size 32"
     more["nsr.py"] = "--group_size 2 --updates 1 --normaliser sample"
     written = set()
     for name, module in SCRIPTS.items():

@@ -604,6 +604,201 @@ def test_multiplication_task():
         rewards.Multiplication(3, 2)
 
 
+@pytest.mark.parametrize(
+    "task", [rewards.AffineChain(), rewards.S3(), rewards.AffineChain(5, 10), rewards.S3(10)], ids=str
+)
+def test_chains(task):
+    """Streams that never meet, steps that lead to the answer, a scorer that reads the last line."""
+    streams = {s: [task.problem(s, 0, i) for i in range(200)] for s in ("train", "test")}
+    assert streams["train"] == [task.problem("train", 0, i) for i in range(200)]
+    assert streams["train"] != [task.problem("train", 1, i) for i in range(200)]
+    keys = {split: {task.key(p) for p in problems} for split, problems in streams.items()}
+    assert not keys["train"] & keys["test"]
+    for problem in streams["train"] + streams["test"]:
+        assert json.loads(json.dumps(problem)) == problem
+        steps, answer = task.steps(problem), task.answer(problem)
+        left, right = zip(*(step.split("=") for step in steps), strict=True)
+        assert right[-1] == answer and all(a[0] == b for a, b in zip(left[1:], right, strict=False))
+        assert left[0][0] == task.compact(problem)[0] and all(len(step) == 5 for step in steps)
+        assert task.score("\n".join([*steps, answer]), problem)["correct"]
+        assert task.score(answer, problem)["correct"] and not task.score(steps[-1], problem)["correct"]
+    shares = Counter(task.answer(problem) for problem in streams["train"] + streams["test"])
+    if isinstance(task, rewards.S3):
+        assert len(shares) == 6 and max(shares.values()) < 400 * 0.25  # no answer is much likelier than another
+    elif task == rewards.AffineChain():
+        assert len(shares) == 7 and 0.2 < shares["0"] / 400 < 0.3  # what a guess gets right
+
+
+def test_affine_chain_by_hand():
+    task, problem = rewards.AffineChain(), {"start": 6, "operations": ["*6", "+1", "*3"]}
+    assert task.compact(problem) == "6*6+1*3"
+    assert task.steps(problem) == ["6*6=1", "1+1=2", "2*3=6"] and task.answer(problem) == "6"
+    assert "6 and apply *6, then +1, then *3, each time modulo 7" in task.question(problem)
+    with pytest.raises(BadInput, match="modulus"):
+        rewards.AffineChain(modulus=11)
+
+
+def test_s3_is_the_symmetric_group():
+    product = rewards.S3_PRODUCT
+    for x, y, z in itertools.product("abcdef", repeat=3):
+        assert product[product[x + y] + z] == product[x + product[y + z]]
+    for x in "abcdef":
+        assert product["a" + x] == product[x + "a"] == x and sorted(product[x + y] for y in "abcdef") == list("abcdef")
+    # b swaps the last two, c the first two: first b, then c takes 0 to 1, 1 to 2, 2 to 0
+    assert rewards.PERMUTATIONS[1:3] == [(0, 2, 1), (1, 0, 2)] and product["bc"] == "d" != product["cb"]
+    assert rewards.PERMUTATIONS["abcdef".index("d")] == (1, 2, 0)
+    with pytest.raises(BadInput, match="elements"):
+        rewards.S3(1)
+
+
+def below(edges: list, root: str) -> dict[str, int]:
+    """Distance from the root of every name that can be reached along the edges."""
+    found = {root: 0}
+    while new := {c: found[p] + 1 for p, c in edges if p in found and c not in found}:
+        found |= {c: min(found[p] + 1 for p, x in edges if x == c and p in found) for c in new}
+    return found
+
+
+def graph_of(problem: dict, graph: dict) -> Counter:
+    """What the vectors count in one graph; `labels` and `parents` of the nodes that have an edge."""
+    edges, root = problem["edges"], problem["root"]
+    nodes, children, parents = ({x for e in edges for x in e}, {p for p, _ in edges}, Counter(c for _, c in edges))
+    reach, roots = below(edges, root), [n for n in nodes if n not in parents]
+    depth = below(edges, next(r for r in problem["roots"] if r != root))[problem["other"]]
+    kept = [i for i, above in enumerate(graph["parents"]) if above or any(i in p for p in graph["parents"])]
+    families = Counter(graph["labels"][i] for i in kept)
+    count = Counter(nodes=len(nodes), edges=len(edges), reach=len(reach) - 1, out=sum(p == root for p, _ in edges))
+    count.update({f"path {reach[problem['target']]}": 1, f"other {depth}": 1, f"entities {min(len(roots), 4)}": 1})
+    count.update({f"family {label}": n for label, n in families.items()})
+    count.update({f"in {min(parents[n], 4)}": 1 for n in nodes if n in parents or n not in roots})
+    assert problem["target"] not in children and problem["other"] not in children and problem["other"] not in reach
+    assert sorted(roots) == sorted(n for n in nodes if n in rewards.ProsQA.ENTITIES)
+    assert not any(n in below([e for e in edges if e[0] != n], c) for n, c in edges)  # no cycle
+    leaves = [n for n in reach if n not in children]
+    count["root 1"] = int(root == problem["roots"][1])
+    count["deepest"] = int(reach[problem["target"]] == max(reach[n] for n in leaves))
+    return count
+
+
+def test_prosqa_has_the_statistics_of_the_released_data():
+    """Means within 5 %, shares within .05 of the 300 released items, over 2,000 draws."""
+    path = Path(__file__).parent / "vectors" / "latent.json"
+    real = json.loads(path.read_text(encoding="utf-8"))["prosqa_graphs"]["aggregate"]
+    task, rng, total, draws, first = rewards.ProsQA(), random.Random(0), Counter(), 0, 0
+    while draws < 2000:
+        graph = task.graph(rng)
+        problem = task.dress(graph, rng)
+        if problem:
+            total.update(graph_of(problem, graph))
+            draws, first = draws + 1, first + (not problem["swap"])
+    mean = {name: count / draws for name, count in total.items()}
+    for ours, theirs in (
+        ("nodes", "nodes"),
+        ("edges", "edges"),
+        ("reach", "reachable_from_root"),
+        ("out", "root_out_degree"),
+    ):
+        assert mean[ours] == pytest.approx(real[theirs]["mean"], rel=0.05), ours
+    for name, theirs in (("path", "shortest_path_hist"), ("other", "neg_target_depth_hist")):
+        for key, share in real[theirs].items():
+            assert mean.get(f"{name} {key}", 0) == pytest.approx(share, abs=0.05), (name, key)
+    for key in ("2", "3"):
+        assert mean[f"entities {key}"] == pytest.approx(real["n_entities_hist"][key], abs=0.05)
+    families = {1: "only_root0", 2: "only_root1"}
+    for label, theirs in families.items():
+        assert mean[f"family {label}"] == pytest.approx(real["mean_family_counts"][theirs], rel=0.05)
+    assert mean["family 3"] < 2 and mean["family 0"] < 1
+    assert mean["root 1"] == pytest.approx(real["root_index_hist"]["1"], abs=0.05)
+    assert mean["deepest"] == pytest.approx(real["frac_target_at_max_leaf_depth"], abs=0.05)
+    assert first / draws == pytest.approx(0.5, abs=0.05)
+
+
+def test_prosqa_problems():
+    task = rewards.ProsQA()
+    streams = {s: [task.problem(s, 0, i) for i in range(100)] for s in ("train", "test")}
+    assert streams["train"] == [task.problem("train", 0, i) for i in range(100)]
+    assert not {task.key(p) for p in streams["train"]} & {task.key(p) for p in streams["test"]}
+    for problem in streams["train"]:
+        assert json.loads(json.dumps(problem)) == problem
+        question, steps, answer = task.question(problem), task.steps(problem), task.answer(problem)
+        assert len(steps) == below(problem["edges"], problem["root"])[problem["target"]] >= 3
+        assert all(step in question for step in steps)  # each is a premise
+        assert (
+            steps[0].split()[0] == problem["root"] == answer.split()[0] and steps[-1].split()[-1] == answer.split()[-1]
+        )
+        assert task.score("\n".join([*steps, "### " + answer]), problem)["correct"]
+        assert not task.score(f"### {problem['root']} is a {problem['other']}.", problem)["correct"]
+    with pytest.raises(BadInput, match="10 to 36"):
+        rewards.ProsQA(nodes=5)
+    assert len(rewards.ProsQA(nodes=36).problem("train", 0, 0)["edges"]) > 20
+
+
+CHAIN = {"question": "2 and 3?", "steps": ["2+3=5", "5*2=10"], "answer": "10"}
+PRONTO = {
+    "question": "Each cat is small. Sam is a cat.", "query": "True or false: Sam is small.", "answer": "True",
+    "chain_of_thought": ["Sam is a cat.", "Each cat is small.", "Sam is small."],
+}  # fmt: skip
+CHAIN_FILES = {
+    "list": json.dumps([CHAIN, CHAIN | {"answer": 10, "edges": [[0, 1]]}]),
+    "lines": json.dumps(CHAIN) + "\n\n" + json.dumps(CHAIN),
+    "one": json.dumps(CHAIN),
+    "gsm8k": "2 and 3?||2+3=5 5*2=10 #### 10\n2 and 3?||2+3=5 5*2=10## 10\n",
+}
+
+
+@pytest.mark.parametrize("form", CHAIN_FILES)
+def test_chain_files(form, tmp_path):
+    (tmp_path / "a").write_text(CHAIN_FILES[form], encoding="utf-8")
+    assert rewards.read_chains(str(tmp_path / "a")) == [CHAIN] * (1 if form == "one" else 2)
+
+
+def test_prontoqa_file(tmp_path):
+    examples = {f"example{i}": {"in_context_example0": PRONTO, "test_example": PRONTO} for i in (1, 2)}
+    (tmp_path / "a").write_text(json.dumps(examples), encoding="utf-8")
+    steps = ["Sam is a cat. Each cat is small.", "Sam is small."]
+    question = "Each cat is small. Sam is a cat. True or false: Sam is small."
+    assert rewards.read_chains(str(tmp_path / "a")) == [{"question": question, "steps": steps, "answer": "True"}] * 2
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "is empty"),
+        ("[]", "is empty"),
+        ("[1]", 'item 1: "steps" must be a list'),
+        (json.dumps([CHAIN, CHAIN | {"steps": "2+3=5"}]), 'item 2: "steps" must be a list of texts'),
+        (json.dumps([CHAIN | {"answer": " "}]), 'item 1: field "answer" is missing or empty'),
+        (json.dumps({"example7": {"test_example": PRONTO | {"query": None}}}), 'item example7: field "question"'),
+        (json.dumps({"example7": {"test_example": PRONTO | {"chain_of_thought": "x"}}}), "item example7: .steps"),
+        (json.dumps(CHAIN) + "\n{\n", "line 2: "),
+        ("2 and 3?||2+3=5 #### 10\nno separator\n", 'line 2: field "answer" is missing'),
+        ("[" * 100_000, "line 1: "),
+    ],
+)
+def test_bad_chain_files(tmp_path, text, words):
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(BadInput, match=words) as error:
+        rewards.make_task("chains", data=str(tmp_path / "a.json"))
+    assert "a.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_chains_task(tmp_path):
+    rows = [CHAIN | {"question": f"{i} and 3?"} for i in range(100)]
+    task = rewards.make_task("chains", data=write(tmp_path / "a.jsonl", rows))
+    assert len(task.streams["train"]) + len(task.streams["test"]) == 100 > len(task.streams["train"]) > 80
+    problem = task.problem("train", 0, 0)
+    assert task.steps(problem) == CHAIN["steps"] and task.score("2+3=5\n### 10", problem)["correct"]
+    both = rewards.make_task(f"chains:test={write(tmp_path / 'b.jsonl', rows[:3])}", data=str(tmp_path / "a.jsonl"))
+    assert len(both.streams["train"]) == 100 and both.streams["test"] == rewards.read_chains(str(tmp_path / "b.jsonl"))
+    with pytest.raises(BadInput, match="give --data"):
+        rewards.make_task("chains")
+
+
+@pytest.mark.parametrize("text, right", [("### 1,080", True), ("x\n#### 1080\n", True), ("1080 #", False), ("", False)])
+def test_score_last_line(text, right):
+    assert rewards.score_last_line(text, "1080")["correct"] == right
+
+
 def test_heldout():
     task = rewards.Multiplication()
     problems = rewards.heldout(task, 100)
@@ -628,7 +823,7 @@ def test_make_task():
     assert rewards.make_task("multiplication:max_digits=4") == rewards.Multiplication(1, 4)
     assert rewards.make_task("multiplication:max_digits=4", natural=True) == rewards.Multiplication(2, 4)
     for spec, words in [
-        ("chess", "countdown, multiplication, gsm8k, math"),
+        ("chess", "countdown, multiplication, gsm8k, math, affine, s3, prosqa, chains"),
         ("multiplication:size=3", "'size=3'.*min_digits=int, max_digits=int"),
         ("multiplication:max_digits=two", "'max_digits=two'.*max_digits=int"),
         ("multiplication:max_digits=99", "<= 18"),

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 every = pytest.mark.parametrize("script", SMALL)
 both = pytest.mark.parametrize("script", ["grpo", "sft"])  # what lies in the shared blocks: two scripts are enough
-NAMES = {script: f"out/{script}-countdown-0" for script in SMALL}
+NAMES = {script: f"out/{script}-countdown-0" for script in SMALL} | {"coconut": "out/coconut-affine-0"}
 # everything that a resumed run must restore
 HARD = "--lr 0.01 --updates 2 --kl_coef 0.1 --ref_every 1 --dynamic_sampling 1"
 
@@ -149,6 +149,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     flags = {"grpo": "--max_new_tokens 96 --overlong_cache 96", "sft": "--num_layers 2 --hidden_size 64"}
     flags["nsr"] = flags["ppo"] = "--max_new_tokens 96"
+    flags["coconut"] = "--hidden_size 32"
     running = {script: start(script, f"{SMALL[script]} {flags[script]}", folder) for script in SMALL}
     done = {script: finish(process) for script, process in running.items()}
     for script, result in done.items():
@@ -185,6 +186,8 @@ def test_metrics(finished, script):
     if script == "ppo":
         wanted |= {"explained_variance", "value_mean", "value_loss", "approx_kl", "clip_frac_low", "clip_frac_high"}
         wanted |= {"critic_grad_norm", "critic_lr", "repeated_share", "accuracy", "clipped_ratio", "kl", "sampler_gap"}
+    if script == "coconut":
+        wanted |= {"stage", "rows_right"}
     if script == "nsr":
         wanted |= {"accuracy", "frac_all_right", "rows_trained", "optimizer_steps", "clip_frac_low", "sampler_gap"}
         assert all(row["sampler_gap"] <= row["sampler_gap_max"] < 1e-4 for row in steps)
@@ -279,7 +282,7 @@ def test_same_seed_same_metrics(run, script, cwd):
     for x, y in zip(a, d, strict=True):  # the split into micro-batches changes nothing but rounding
         assert x == pytest.approx(y, rel=1e-5, abs=2e-6)
     if script != "sft":
-        assert a[0]["rows_trained"] > 0
+        assert a[0].get("rows_trained", 1) > 0  # coconut trains all
         lines = [(cwd / name / "samples.jsonl").read_text(encoding="utf-8") for name in "ab"]
         assert lines[0] == lines[1]
 
@@ -339,7 +342,14 @@ def same_run(first: Path, second: Path, step: int) -> None:
 
 @pytest.mark.parametrize(
     "script, flags",
-    [("grpo", ""), ("grpo", HARD), ("nsr", "--updates 2 --lr 0.01"), ("sft", ""), ("sft", "--dtype bfloat16")],
+    [
+        ("grpo", ""),
+        ("grpo", HARD),
+        ("nsr", "--updates 2 --lr 0.01"),
+        ("sft", ""),
+        ("sft", "--dtype bfloat16"),
+        ("coconut", "--mode coconut --stage_steps 1"),
+    ],
 )
 def test_resumed_run_equals_the_unbroken_one(run, cwd, script, flags, half_right):
     assert run(script, f"--steps 4 --save_every 2 --out whole {flags}").code == 0
@@ -641,6 +651,7 @@ def close(first: list[dict], second: list[dict], rel: float) -> None:
         ("nsr", 3, "--mode nsr --updates 2 --batch_size 16"),
         ("sft", 2, ""),
         ("sft", 3, "--loss_on all --micro_batch_tokens 128"),
+        ("coconut", 3, "--micro_batch_tokens 64"),
     ],
 )
 def test_ranks_give_the_same_gradient(run_ranks, cwd, script, world, flags, half_right):
@@ -917,8 +928,26 @@ BAD_SFT = {
     "--resume {given}/sft-run": "no checkpoint",
     "--resume {given}/grpo-run": "grpo",
 }
+BAD_COCONUT = {
+    "--mode latent": "no_curriculum",
+    "--hidden_size 32": "--num_layers and --hidden_size are for scratch, not",
+    "--model scratch --hidden_size 40": "--hidden_size 40 is no multiple of 16",
+    "--task countdown": "--task countdown has no steps to replace: take affine, s3, prosqa, or give --data",
+    "--task affine:modulus=11": "modulus 3 to 10",
+    "--task affine --data {given}/good.jsonl": "{given}/good.jsonl",
+    "--data {given}/none.json": "cannot read the data file {given}/none.json",
+    "--data {given}/empty.jsonl": "{given}/empty.jsonl is empty",
+    "--data {given}/good.jsonl": '{given}/good.jsonl, line 1: "steps" must be a list of texts',
+    "--gate 1.5": "--gate 1.5, --uniform_prob 0.2: at most 1",
+    "--c 0": "--c 0",
+    "--c 2 --mode cot": "--c 2 does nothing with --mode cot; leave it out",
+    "--gate 0.5": "--gate 0.5 does nothing with --mode no_curriculum; leave it out",
+    "--mode no_thoughts --c 2": "--c 2 does nothing with --mode no_thoughts",
+    "--mode coconut --epochs_per_stage 3": "--epochs_per_stage 3 needs --data",
+    "--group_size 4": "unknown flag --group_size",
+}
 ROWS = [("grpo", flags) for flags in BAD | BAD_GRPO] + [("sft", flags) for flags in BAD | BAD_SFT]
-ROWS += [("ppo", flags) for flags in BAD_PPO]
+ROWS += [("ppo", flags) for flags in BAD_PPO] + [("coconut", flags) for flags in BAD_COCONUT]
 ROWS += [("nsr", flags) for flags in BAD_NSR]  # what all scripts share is tested on two
 
 
@@ -943,7 +972,9 @@ def test_bad_input(run, cwd, given, offline, script, flags):
         pytest.skip(f"there is a {device} device")
     before, started = tree(given), time.process_time()
     done = run(script, flags.format(given=given))
-    message = (BAD | {"grpo": BAD_GRPO, "nsr": BAD_NSR, "ppo": BAD_PPO, "sft": BAD_SFT}[script])[flags]
+    message = (
+        BAD | {"grpo": BAD_GRPO, "nsr": BAD_NSR, "ppo": BAD_PPO, "sft": BAD_SFT, "coconut": BAD_COCONUT}[script]
+    )[flags]
     refused(script, done, message.format(given=given))
     assert time.process_time() - started < 3 or "--chat" in flags  # which imports transformers
     assert not tree(cwd) and tree(given) == before, "something was created"

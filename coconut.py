@@ -1,0 +1,1483 @@
+"""Coconut, a chain of continuous thought: reasoning in hidden states instead of words (arXiv:2412.06769).
+
+Between <bot> and <eot> the model writes no token. Its last hidden state, after the final norm, is its next input: no
+head, no sampling, no embedding, and the gradient flows back through the whole chain. A curriculum gets it there: first
+it learns to write its steps, then stage by stage the first step that is left is replaced by c thoughts.
+
+    input_t = h_(t-1) if position t holds a thought, else embedding(x_t)                                 (1)
+    stage k: question <bot> [c k thoughts] <eot> step_(k+1) .. step_n answer                             (2)
+    loss    = -(1/N) sum_i sum_t mask_i,t log p(x_i,t | inputs_i,<t), mask 1 behind <eot>                (3)
+
+n thoughts take n + 1 passes with a cache that gradients flow through: the question up to <bot>, then one position at a
+time, then all that is left. --mode has the controls: cot (all steps in words), no_cot (the answer alone), no_thoughts
+(the curriculum without thoughts), pause (a learnt token where a thought would be, one pass), no_curriculum (the last
+stage from the start).
+
+Run
+    python coconut.py                                         # affine chains modulo 7, two CPU cores, minutes
+    python coconut.py --mode no_cot                           # a control; --task s3 is another task
+    python coconut.py --model DIR --data prosqa_train.json --max_stage 6 --epochs_per_stage 5 --gate 0
+    torchrun --standalone --nproc_per_node=8 coconut.py --model Qwen2.5-1.5B --data gsm_train.txt --c 2 --max_stage 3
+
+Expect
+    One run so far, seed 0, one thread of an Intel Xeon, the default. Held-out accuracy at temperature 1 at the end of
+    each stage: 0.929 in words (step 240, 19.0 tokens), 0.889 with one thought (step 367, 14.3 tokens), 0.929 with two
+    (step 1478, 9.0 tokens), 0.625 with nothing but three thoughts and the answer (step 2678 of 4000, 4.0 tokens), where
+    a guess gets 0.25. The controls have not been measured.
+
+Differs from the paper in: a stage ends early once it is learnt (--gate 0 --epochs_per_stage 3: the paper's clock);
+mixed stages are drawn for a whole batch, so that its rows have equally many thoughts; gradients are clipped at 1; beta2
+of AdamW is 0.95, since old squares slow a new stage (the paper's code starts a new AdamW every epoch).
+
+Legend: B rows, T tokens, C hidden size, V vocabulary, H query heads, K key heads, D head size, P prompts.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from difflib import get_close_matches
+from functools import lru_cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from rewards import ASSISTANT_PREFIX, BadInput, heldout, make_task, pass_at_k, prompt
+
+
+def flag(default, help: str, least: float = 0):
+    """A field of Config: its default, its help, and the least number allowed."""
+    return field(default=default, metadata={"help": help, "least": least})
+
+
+@dataclass
+class Config:
+    model: str = flag("scratch", "scratch (a new tiny model), tiny, a folder, owner/name, or a short name")
+    num_layers: int = flag(2, "layers of a model from scratch", 1)
+    hidden_size: int = flag(64, "width of a model from scratch, a multiple of 16", 16)
+    task: str = flag("affine", "task with steps, with knobs: affine:length=4, s3, prosqa")
+    data: str = flag("", "problems with steps: ProsQA or ProntoQA JSON, GSM8K-Aug lines, or JSONL")
+    max_new_tokens: int = flag(0, "longest completion in evaluations, 0 = by model size")
+    temperature: float = flag(1.0, "sampling temperature in evaluations, 0 = greedy")
+    batch_size: int = flag(0, "sequences per step over all ranks, 0 = by model size")
+    micro_batch_tokens: int = flag(0, "padded tokens per forward pass, 0 = by model size")
+    steps: int = flag(4000, "optimizer steps, 0 = only evaluate")
+    lr: float = flag(0.0, "learning rate, constant, 0 = by model size")
+    weight_decay: float = flag(0.01, "AdamW weight decay")
+    eval_problems: int = flag(200, "held-out problems per evaluation, 0 = no evaluation")
+    eval_samples: int = flag(4, "completions per held-out problem", 1)
+    eval_every: int = flag(0, "steps between evaluations, 0 = before, after and at the end of each stage")
+    save_every: int = flag(500, "steps between checkpoints, 0 = at the end only")
+    seed: int = flag(0, "seed of data, weights and sampling")
+    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto is cuda where there is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "of the products; weights stay float32")
+    timeout: int = flag(10, "minutes after which a rank that hangs ends the run", 1)
+    out: str = flag("", "run folder, none = the next free out/coconut-TASK-SEED")
+    resume: str = flag("", "run folder to go on with, or auto for the newest")
+    check: bool = flag(False, "one step of everything in a temporary folder, with the memory plan")
+    mode: Literal["coconut", "cot", "no_cot", "no_thoughts", "pause", "no_curriculum"] = flag(
+        "coconut", "the method, or one of its controls (see above)"
+    )
+    c: int = flag(1, "thoughts for each step that is left out", 1)
+    max_stage: int = flag(0, "steps replaced by thoughts at most, 0 = as many as the task has, at most 6")
+    pad_latent_to_max: bool = flag(True, "problems with fewer steps get as many thoughts as the others")
+    gate: float = flag(0.97, "share of rows right in training that ends a stage early, 0 = off")
+    stage_steps: int = flag(1200, "most steps of a stage but the last, 0 = no limit")
+    epochs_per_stage: int = flag(0, "with --data: epochs of a stage, instead of --stage_steps")
+    uniform_prob: float = flag(0.2, "share of batches of a stage drawn uniformly from all, so that none is forgotten")
+    reset_optimizer: bool = flag(False, "a new AdamW at each stage")
+
+    checkpointing = "off"  # no flag: what is recomputed would enter the cache twice
+
+
+BY_SIZE = {  # parameters: below 10 M (made here), below 1 B, above (paper: 1e-4 for GPT-2 and 128 sequences)
+    "lr": (2e-3, 1e-4, 2e-5),
+    "batch_size": (128, 128, 128),
+    "max_new_tokens": (48, 128, 128),
+    "micro_batch_tokens": (8192, 4096, 4096),
+}
+MARKERS = {True: ("<bot>", "<latent>", "<eot>"), False: ("<|start-latent|>", "<|latent|>", "<|end-latent|>")}  # tiny?
+CURRICULUM = ("coconut", "no_thoughts", "pause")  # modes that replace one step after the other
+GATE_STEPS = 20  # a stage is learnt when the mean of so many steps reaches --gate
+
+
+# ------------------------------------------------------------------------------------------------- algorithm
+
+
+def stage_plan(
+    mode: str, stage: int, num_steps: int, c: int, max_stage: int, pad: bool = True, prompting: bool = False
+) -> tuple[int, int]:
+    """(steps left out, thoughts put in) of a problem with num_steps steps in a stage (eq. 2).
+
+    Stage max_stage + 1 leaves out all steps, without further thoughts. A problem with fewer steps gets as many thoughts
+    as the others; without `pad` only as many as it has steps: in the last stage, and when prompting in all of them.
+    Source: arXiv:2412.06769 sec. 3 and its code, which trains unpadded stages on other counts than it evaluates.
+
+    >>> [stage_plan("coconut", stage, 5, 2, 3) for stage in range(5)]
+    [(0, 0), (1, 2), (2, 4), (3, 6), (5, 6)]
+    """
+    if mode in ("cot", "no_cot"):
+        return (0 if mode == "cot" else num_steps), 0
+    steps = min(stage, max_stage)
+    if not pad and (prompting or stage > max_stage):
+        steps = min(steps, num_steps)
+    return (stage if stage <= max_stage else num_steps), (0 if mode == "no_thoughts" else c * steps)
+
+
+def layout(
+    question: list[int], steps: list[list[int]], answer: list[int], markers: tuple | None, skipped: int, thoughts: int
+) -> tuple[list[int], list[int]]:
+    """A row of stage `skipped` as (ids, mask): what stands behind the question and <eot> is learnt (eq. 2).
+
+    markers are the ids of <bot>, a thought's place, and <eot>, None for the modes without thoughts.
+
+    >>> layout([5], [[6], [7]], [8], (1, 2, 3), 1, 2)
+    ([5, 1, 2, 2, 3, 7, 8], [0, 0, 0, 0, 0, 1, 1])
+    """
+    given = question + ([markers[0], *[markers[1]] * thoughts, markers[2]] if markers else [])
+    learnt = [i for step in steps[skipped:] for i in step] + answer
+    return given + learnt, [0] * len(given) + [1] * len(learnt)
+
+
+class GradCache:
+    """Keys and values like Cache's, row by row behind `lengths`, but nothing is written in place: gradients flow."""
+
+    def __init__(self, model: "Model", rows: int, width: int):
+        weight, c = model.lm_head.weight, model.config
+        shape, dtype = (rows, c["num_key_value_heads"], width, model.head_dim), model.compute_dtype or weight.dtype
+        self.keys, self.values = ([weight.new_zeros(shape, dtype=dtype)] * c["num_hidden_layers"] for _ in range(2))
+        self.lengths, self.width = torch.zeros(rows, dtype=torch.long, device=weight.device), width
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v (B, K, T, D) put behind each row's length; this layer's keys and values, (B, K, width, D)."""
+        slots = self.lengths[:, None] + torch.arange(k.shape[2], device=k.device)  # (B, T)
+        slots = slots[:, None, :, None].expand_as(k)
+        self.keys[layer] = self.keys[layer].scatter(2, slots, k)
+        self.values[layer] = self.values[layer].scatter(2, slots, v)
+        return self.keys[layer], self.values[layer]
+
+
+def thinking(forward: Callable) -> Callable:
+    """Model.forward for ids with places for thoughts: each is filled with the hidden state before it (eq. 1).
+
+    The places of a row stand side by side behind <bot>; rows may have different numbers of them, at different
+    positions, or none. n of them, the most of any row, take n + 1 passes. Source: arXiv:2412.06769 sec. 3.
+    """
+
+    def think(self: "Model", inputs: Tensor, positions=None, cache=None, mask=None) -> Tensor:
+        latent = self.config.get("latent_token_id")  # the checkpoint says which id is a thought's place
+        if latent is None or inputs.shape[1] == 1 or inputs.is_floating_point() or not (inputs == latent).any():
+            return forward(self, inputs, positions, cache, mask)
+        (B, T), places, column = inputs.shape, inputs == latent, torch.arange(inputs.shape[1], device=inputs.device)
+        counts = places.sum(1)  # (B,)
+        first = places.int().argmax(1)  # (B,)
+        first = first.where(counts > 0, first.max())  # a row without thoughts reads as far as the others
+        n, P = int(counts.max()), int(first.max())
+        cache = GradCache(self, B, T) if cache is None else cache
+
+        states = [forward(self, inputs[:, :P], None, cache)]  # pass 1: up to <bot>, (B, P, C)
+        cache.lengths.copy_(first)
+        thoughts = [states[0][torch.arange(B, device=inputs.device), first - 1]]  # (B, C): the state at <bot>
+        for i in range(1, n):  # passes 2 to n: one position each, its state is the next thought
+            states.append(forward(self, thoughts[-1][:, None], None, cache))  # (B, 1, C)
+            cache.lengths -= (i > counts).long()  # a row without this thought forgets it
+            thoughts.append(states[-1][:, 0])
+
+        number = column - first[:, None]  # (B, T): 0 at the first place of a row
+        size = thoughts[0].shape[-1]
+        filled = torch.stack(thoughts, 1).gather(1, number.clamp(0, n - 1)[..., None].expand(-1, -1, size))
+        inputs = torch.where(places[..., None], filled, self.model["embed_tokens"](inputs).to(filled.dtype))
+        start = int((first + counts.clamp(max=n - 1)).min())  # every row has got this far
+        cache.lengths.fill_(start)
+        last = forward(self, inputs[:, start:], None, cache)  # pass n + 1: all that is left, (B, T - start, C)
+        before = torch.where(number < 0, column, P + number)[:, :start, None].expand(-1, -1, size)
+        return torch.cat([torch.cat(states, 1).gather(1, before), last], 1)
+
+    return think
+
+
+def next_stage(stage: int, recent: list[float], steps_in_stage: int, gate: float, stage_steps: int) -> int:
+    """The stage of the next step: one more when this one is learnt (`recent` shares of right rows) or has had its time.
+
+    >>> next_stage(1, [0.98] * 20, 30, 0.97, 900), next_stage(1, [0.5] * 20, 900, 0.97, 900), next_stage(1, [], 9, 0, 0)
+    (2, 2, 1)
+    """
+    learnt = gate and len(recent) == GATE_STEPS and sum(recent) / GATE_STEPS >= gate
+    return stage + bool(learnt or (stage_steps and steps_in_stage >= stage_steps))
+
+
+@torch.no_grad()
+def probe(model: "Model", prompter: "ThoughtPrompter", problems: list[dict]) -> Tensor:
+    """What the thoughts encode, (2, thoughts, steps): mean probability of each step's result when a thought is put
+    through the head and decoded among all results, and share of problems where that result comes first.
+
+    Needs problems of equally many steps "...=result", a result of one token. Source: arXiv:2412.06769 sec. 5.
+    """
+    results = [[prompter.encode(step.rpartition("=")[2])[0] for step in prompter.task.steps(p)] for p in problems]
+    choices = sorted({i for row in results for i in row})
+    tokens = pad_rows([prompter.encode(prompter.text(p)) for p in problems], model.lm_head.weight.device, torch.long)
+    rows, before = (tokens[:, 1:] == model.config["latent_token_id"]).nonzero(as_tuple=True)  # a thought is the state
+    probs = model.logits(model(tokens)[rows, before])[:, choices].softmax(-1)  # before its place
+    probs = probs.view(len(problems), -1, len(choices))  # (B, thoughts, results)
+    truth = torch.tensor([[choices.index(i) for i in row] for row in results], device=tokens.device)  # (B, steps)
+    first, truth = (F.one_hot(i, len(choices)).float() for i in (probs.argmax(-1), truth))
+    return torch.stack([torch.einsum("bnr,bsr->ns", part, truth) / len(problems) for part in (probs, first)])
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def scratch_model(cfg: Config) -> "Model":
+    """A new tiny Llama with the tokenizer of models/tiny. Embeddings and hidden states start equally large, so that a
+    thought looks like a token.
+    """
+    folder, size = Path(__file__).parent / "models" / "tiny", cfg.hidden_size
+    config = read_json(folder / "config.json") | {"hidden_size": size, "num_hidden_layers": cfg.num_layers}
+    config |= {"intermediate_size": 2 * size, "num_attention_heads": size // 16, "num_key_value_heads": size // 16}
+    model = Model(config | {"head_dim": 16, "tie_word_embeddings": False})
+    torch.manual_seed(cfg.seed)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            nn.init.normal_(weight, std=1.0 if "embed" in name else size**-0.5)
+    model.lm_head.weight.data = model.model["embed_tokens"].weight.detach() * size**-0.5
+    model.folder, model.is_tiny = folder, True
+    return model
+
+
+def prepare(cfg: Config, folder: Path) -> None:
+    """Write the model to start from into `folder`: with tokens for <bot>, a thought's place and <eot>, new ones with
+    the weights of "<<" (as the paper's code), and a config.json that says which of them is the place.
+    """
+    model = scratch_model(cfg) if cfg.model == "scratch" else load_model(resolve_model(cfg.model))
+    tokenizer, names = load_tokenizer(model.folder), MARKERS[model.is_tiny]
+    missing = [name for name in names if tokenizer.token_to_id(name) is None]
+    like = tokenizer.encode("<<", add_special_tokens=False).ids[0]
+    tokenizer.add_special_tokens(missing)
+    rows = dict(enumerate(range(model.config["vocab_size"]))) | {tokenizer.token_to_id(name): like for name in missing}
+    for module in (model.model["embed_tokens"], model.lm_head):  # if tied, save_model writes the first
+        module.weight = nn.Parameter(module.weight.detach()[[rows[i] for i in range(len(rows))]])
+    place = tokenizer.token_to_id(names[1]) if cfg.mode in ("coconut", "no_curriculum") else None
+    model.config |= {"vocab_size": len(rows), "latent_token_id": place}
+    save_model(model, folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def check_flags(cfg: Config) -> None:
+    """Refuse flags that contradict each other."""
+    sizes = (cfg.num_layers, cfg.hidden_size) == (Config.num_layers, Config.hidden_size)
+    need(sizes or cfg.model == "scratch", f"--num_layers and --hidden_size are for scratch, not {cfg.model}")
+    need(cfg.hidden_size % 16 == 0, f"--hidden_size {cfg.hidden_size} is no multiple of 16, the size of a head")
+    need(cfg.gate <= 1 and cfg.uniform_prob <= 1, f"--gate {cfg.gate}, --uniform_prob {cfg.uniform_prob}: at most 1")
+    staged = "gate stage_steps epochs_per_stage uniform_prob reset_optimizer".split()
+    useless = {"cot": [*staged, "c", "max_stage"], "no_cot": [*staged, "c", "max_stage"], "no_thoughts": ["c"]}
+    for name in useless.get(cfg.mode, staged if cfg.mode == "no_curriculum" else []):
+        given = getattr(cfg, name)
+        same = cfg.resume or given == getattr(Config, name)  # a run that goes on has what was chosen for it
+        need(same, f"--{name} {given} does nothing with --mode {cfg.mode}; leave it out")
+    need(cfg.data or not cfg.epochs_per_stage, f"--epochs_per_stage {cfg.epochs_per_stage} needs --data")
+
+
+def train(cfg: Config) -> int:
+    """Algorithm: for each step, write a batch of the stage, count its learnt tokens N, descend eq. 3, look whether the
+    stage is learnt.
+    """
+    run = Run(cfg)
+    check_flags(cfg)
+    cfg.task = "chains" if cfg.data and cfg.task == Config.task else cfg.task
+    task = make_task(cfg.task, cfg.data)
+    need(hasattr(task, "steps"), f"--task {cfg.task} has no steps to replace: take affine, s3, prosqa, or give --data")
+    temporary = tempfile.TemporaryDirectory()
+    model, sampler = run.load(run.on_rank_0(lambda: prepare(cfg, Path(temporary.name)) or temporary.name))
+    chosen = run.choose(model, BY_SIZE)
+    if not cfg.max_stage:
+        counts = [len(task.steps(task.problem("train", cfg.seed, i))) for i in range(100)]
+        cfg.max_stage = chosen["max_stage"] = min(6, max(counts))
+    if cfg.epochs_per_stage:
+        count = cfg.epochs_per_stage * len(task.streams["train"])
+        cfg.stage_steps = chosen["stage_steps"] = math.ceil(count / cfg.batch_size)
+    prompter = ThoughtPrompter(model, task, cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    run.open(model, prompter, chosen, f"{cfg.batch_size} sequences per step, mode {cfg.mode}")
+    last = cfg.max_stage + 1
+    state = {"step": 0, "stage": last if cfg.mode in ("no_cot", "no_curriculum") else 0, "since": 0, "recent": []}
+    if cfg.resume:
+        state = {name: value for name, value in run.resume(model, optimizer).items() if name in state}
+    run.refresh(sampler, model)
+    prompter.stage, start = state["stage"], state.pop("step")
+    run.say(f"row    {escaped(prompter.decode(prompter.row(task.problem('train', cfg.seed, 0), 1)[0]))}")
+
+    for step in range(start + 1, cfg.steps + 1):
+        began, mixed, stage = time.time(), Random(f"mix {cfg.seed} {step}"), state["stage"]
+        if cfg.mode in CURRICULUM and mixed.random() < cfg.uniform_prob:  # the same on every rank
+            stage = mixed.randint(0, last)
+        problems = [task.problem("train", cfg.seed, (step - 1) * cfg.batch_size + i) for i in range(cfg.batch_size)]
+        rows = [prompter.row(problem, stage) for problem in problems]
+        num_tokens = sum(sum(mask) for _, mask in rows)  # N of eq. 3, the same on every rank
+        rows = sorted(rows, key=lambda row: -len(row[0]))[run.rank :: run.world]
+        loss = entropy = right = 0.0
+        for batch in micro_batches([len(ids) for ids, _ in rows], cfg.micro_batch_tokens):
+            tokens = pad_rows([rows[i][0] for i in batch], run.device, torch.long)  # (B, T)
+            mask = pad_rows([rows[i][1] for i in batch], run.device, torch.bool)  # (B, T)
+            logprobs, entropies = completion_logprobs(model, tokens, mask)  # (B, T-1), through `thinking`
+            part = -logprobs.sum() / num_tokens  # eq. 3
+            part.backward()
+            loss, entropy = loss + part.item(), entropy + entropies.sum().item() / num_tokens
+            right += (logprobs > math.log(0.5)).all(1).sum().item()  # likelier than all else: greedy decoding writes it
+        norm = run.update(model, optimizer, cfg.lr)
+        run.refresh(sampler, model)
+
+        sums = (loss, entropy, right / cfg.batch_size)
+        loss, entropy, right = (sum(column) for column in zip(*run.gather(sums), strict=True))
+        metrics = {"loss": loss, "entropy": entropy, "rows_right": right, "grad_norm": norm, "lr": cfg.lr}
+        metrics |= {"stage": stage, "tokens": num_tokens, "tokens_per_s": num_tokens / (time.time() - began)}
+        run.log(step, metrics, show=("loss", "rows_right", "stage", "tokens_per_s"))
+        if stage == state["stage"]:
+            state["recent"] = [*state["recent"], right][-GATE_STEPS:]
+        if step % 100 == 1:
+            keep_samples(run, sampler, prompter, step)
+        if cfg.mode in CURRICULUM and state["stage"] < last:
+            following = next_stage(state["stage"], state["recent"], step - state["since"], cfg.gate, cfg.stage_steps)
+            if following > state["stage"]:
+                evaluate(run, sampler, prompter, step)  # with the thoughts of the stage that ends
+                state, prompter.stage = {"stage": following, "since": step, "recent": []}, following
+                if cfg.reset_optimizer:
+                    optimizer.state.clear()
+        if run.after_step(step, model, optimizer, **state):
+            return run.interrupted(step)
+        if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
+            evaluate(run, sampler, prompter, step)
+    code = run.finish(sampler, prompter)
+    summary(run, sampler, prompter)
+    return code
+
+
+def keep_samples(run: "Run", model: "Model", prompter: "ThoughtPrompter", step: int) -> None:
+    """Log the answers to the first two held-out problems, and say one."""
+    if run.rank == 0 and run.cfg.eval_problems:
+        two = enumerate(heldout(prompter.task, min(2, run.cfg.eval_problems)))
+        done = rollout(model, prompter, [*two], 1, run.cfg.max_new_tokens, (run.cfg.seed, 0), run.cfg.temperature)
+        run.keep_samples(step, prompter, done, [0.0] * len(done))
+        run.say(prompter.line(done[0]))
+
+
+def summary(run: "Run", model: "Model", prompter: "ThoughtPrompter") -> None:
+    """Print what each stage reached and what the thoughts of the last one encode."""
+    if run.rank or run.cfg.check or not run.cfg.eval_problems:
+        return
+    for line in map(json.loads, run.metrics.read_text(encoding="utf-8").splitlines()):
+        if "eval/stage" in line and line["step"]:
+            names = "stage", "thoughts", "accuracy", "generated_tokens"
+            run.say(f"step {line['step']}: " + ", ".join(f"{name} {line['eval/' + name]:.3g}" for name in names))
+    if model.config["latent_token_id"] is not None and prompter.stage and not prompter.task.MARKER:
+        run.say("thought decoded: probability of the result of step 1, 2, .. (share where it comes first)")
+        probs, first = probe(model, prompter, heldout(prompter.task, run.cfg.eval_problems)).tolist()
+        for i, row in enumerate(zip(probs, first, strict=True), 1):
+            run.say(f"thought {i}  " + "  ".join(f"{p:.3f} ({share:.3f})" for p, share in zip(*row, strict=True)))
+
+
+# ---------------------------------------- below: the machine, the same text in every script that has it
+
+
+# >>> shared: model (same text in every script that has it; see tests/test_shared_blocks.py)
+QKV_BIAS = {"llama": False, "qwen2": True, "qwen3": False}  # the model types that this decoder reads
+QWEN = "Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-3B Qwen2.5-7B Qwen3-0.6B-Base Qwen3-1.7B-Base".split()
+SMOL = "SmolLM2-135M-Instruct SmolLM2-360M-Instruct SmolLM2-1.7B-Instruct".split()
+SHORT_NAMES = {name: f"Qwen/{name}" for name in QWEN} | {name: f"HuggingFaceTB/{name}" for name in SMOL}
+
+
+class Linear(nn.Linear):
+    """nn.Linear in the dtype of its input: float32 weights for the optimizer, bfloat16 products on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Cache:
+    """Keys and values of up to `capacity` positions for each of `rows` rows, allocated once, written in place.
+
+    `lengths` (rows,) counts the positions in use, row by row: what is appended lands behind them and what lies
+    behind them is never seen, so lowering a length cuts that row. `width` bounds what attention reads.
+    """
+
+    def __init__(self, model: "Model", rows: int, capacity: int):
+        weight, c = model.lm_head.weight, model.config
+        shape = (c["num_hidden_layers"], rows, c["num_key_value_heads"], capacity, model.head_dim)
+        self.keys = torch.zeros(shape, device=weight.device, dtype=model.compute_dtype or weight.dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)
+        self.width = capacity
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, K, T, D) behind each row's length; this layer's keys and values, (B, K, width, D)."""
+        if layer == 0:  # the same slots in every layer
+            self.rows = torch.arange(len(k), device=k.device)[:, None]
+            self.slots = self.lengths[:, None] + torch.arange(k.shape[2], device=k.device)  # (B, T)
+        self.keys[layer][self.rows, :, self.slots] = k.transpose(1, 2)
+        self.values[layer][self.rows, :, self.slots] = v.transpose(1, 2)
+        return self.keys[layer, :, :, : self.width], self.values[layer, :, :, : self.width]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order, repeats allowed; fewer rows stay in the memory that is there."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            kept = old[:, rows, :, : self.width]
+            grown = len(rows) > old.shape[1]
+            new = old.new_zeros(len(old), len(rows), *old.shape[2:]) if grown else old[:, : len(rows)]
+            new[:, :, :, : self.width] = kept
+            setattr(self, name, new)
+        self.lengths = self.lengths[rows]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x (B, H, T, D); cos, sin (B, 1, T, D/2). Source: arXiv:2104.09864."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Layer(nn.Module):
+    def __init__(self, c: dict, head_dim: int):
+        super().__init__()
+        size, inner, eps, kind = c["hidden_size"], c["intermediate_size"], c["rms_norm_eps"], c["model_type"]
+        self.heads, self.kv_heads, self.head_dim = c["num_attention_heads"], c["num_key_value_heads"], head_dim
+        widths = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
+        parts = {name: Linear(size, n * head_dim, bias=QKV_BIAS[kind]) for name, n in widths.items()}
+        parts["o_proj"] = Linear(self.heads * head_dim, size, bias=False)
+        for name in ("q_norm", "k_norm"):
+            parts[name] = RMSNorm(head_dim, eps) if kind == "qwen3" else nn.Identity()
+        self.self_attn = nn.ModuleDict(parts)
+        gates = {name: Linear(size, inner, bias=False) for name in ("gate_proj", "up_proj")}
+        self.mlp = nn.ModuleDict(gates | {"down_proj": Linear(inner, size, bias=False)})
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(size, eps), RMSNorm(size, eps)
+
+    def attend(self, x: Tensor, rotary: tuple, cache: Cache | None, layer: int, mask: Tensor | None) -> Tensor:
+        """Grouped-query attention of x (B, T, C)."""
+        (B, T, _), a = x.shape, self.self_attn
+        q = rotate(a["q_norm"](a["q_proj"](x).view(B, T, self.heads, -1)).transpose(1, 2), *rotary)
+        k = rotate(a["k_norm"](a["k_proj"](x).view(B, T, self.kv_heads, -1)).transpose(1, 2), *rotary)
+        v = a["v_proj"](x).view(B, T, self.kv_heads, -1).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        if mask is None:  # a whole batch, padded on the right: plain causal attention
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:  # heads that share a key stand as further queries of it, so that no key is ever repeated
+            q = q.reshape(B, self.kv_heads, -1, self.head_dim)  # (B, K, G*T, D)
+            mask = mask if T == 1 else mask.repeat(1, 1, self.heads // self.kv_heads, 1)  # (B, 1, G*T, S)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, self.heads, T, -1)
+        return a["o_proj"](out.transpose(1, 2).reshape(B, T, -1))
+
+    def forward(self, x: Tensor, *context) -> Tensor:
+        x = x + self.attend(self.input_layernorm(x), *context)
+        h = self.post_attention_layernorm(x)
+        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](h)) * self.mlp["up_proj"](h))
+
+
+class Model(nn.Module):
+    """The decoder of Llama, Qwen2, Qwen3 and SmolLM2, with Hugging Face's names for modules and settings.
+
+    hidden = model(tokens (B, T) or embeddings (B, T, C)), after the final norm; logits = model.logits(hidden).
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = c = {"num_key_value_heads": config["num_attention_heads"], "rms_norm_eps": 1e-6} | config
+        self.head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        self.rope_theta = c.get("rope_theta") or c["rope_parameters"]["rope_theta"]
+        layers = nn.ModuleList(Layer(c, self.head_dim) for _ in range(c["num_hidden_layers"]))
+        embed, norm = nn.Embedding(c["vocab_size"], c["hidden_size"]), RMSNorm(c["hidden_size"], c["rms_norm_eps"])
+        self.model = nn.ModuleDict({"embed_tokens": embed, "layers": layers, "norm": norm})
+        self.lm_head = Linear(c["hidden_size"], c["vocab_size"], bias=False)
+        if c.get("tie_word_embeddings"):
+            self.lm_head.weight = embed.weight
+        self.compute_dtype = None  # of the products; None: that of the weights
+        self.checkpointing = False  # recompute each layer in the backward pass instead of storing it
+        self.register_buffer("vocab_bias", None, persistent=False)  # (V,): -inf for ids never sampled, else 0
+        self.eos_ids: list[int] = []
+        self.is_tiny = False  # has the tokenizer of the tiny models made here
+
+    def forward(
+        self, inputs: Tensor, positions: Tensor | None = None, cache: Cache | None = None, mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states (B, T, C) after the final norm. With a cache the T inputs continue each row behind its
+        own length, and the lengths grow by T. mask (B, 1, T, S) is True where a key may be seen.
+        """
+        x = inputs if inputs.is_floating_point() else self.model["embed_tokens"](inputs)
+        x = x.to(self.compute_dtype or x.dtype)
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
+            positions = positions if cache is None else positions + cache.lengths[:, None]  # (B, T)
+        if cache is not None and mask is None:
+            mask = torch.arange(cache.width, device=x.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+        exponents = torch.arange(0, self.head_dim, 2, device=x.device) / self.head_dim
+        angles = positions[:, None, :, None] * self.rope_theta**-exponents  # (B, 1, T, D/2)
+        rotary = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for i, layer in enumerate(self.model["layers"]):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rotary, cache, i, mask, use_reentrant=False)
+            else:
+                x = layer(x, rotary, cache, i, mask)
+        if cache is not None:
+            cache.lengths += x.shape[1]
+        return self.model["norm"](x)
+
+    def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """Logits (..., V) for sampling and training: at least float32, over T, ids never sampled at -inf."""
+        logits = self.lm_head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        return logits if self.vocab_bias is None else logits + self.vocab_bias
+
+
+def need(good: object, message: str) -> None:
+    """Unless `good`, complain in one line about what the user gave."""
+    if not good:
+        raise BadInput(message)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+        return found
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); a model folder has config.json, *.safetensors") from None
+
+
+def resolve_model(name: str) -> Path:
+    """The folder of a model: "tiny" and others made here, a folder, a short name, or owner/name from the hub."""
+    for folder in (Path(name).expanduser(), Path(__file__).parent / "models" / name):
+        if folder.is_dir():
+            return folder
+    repo, known = SHORT_NAMES.get(name, name), ", ".join(SHORT_NAMES)
+    is_repo = repo.count("/") == 1 and not name.startswith((".", "/", "~"))
+    need(is_repo, f"no such folder: {name} (hub names look like owner/name; short names: {known})")
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except (OSError, ValueError) as error:  # the hub's own errors are among them
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        why = "is not in the local cache and huggingface.co cannot be reached. On a machine with network: "
+        why += f"hf download {repo} --local-dir DIR, then --model DIR"
+        if status in (401, 403, 404):
+            why = f"cannot be had: huggingface.co answers {status}. Check the name, or log in: hf auth login"
+        raise BadInput(f"{repo} {why}") from None
+
+
+def check_config(c: dict, folder: Path) -> None:
+    """Refuse, in one line, a config.json that this decoder cannot honour."""
+    rope, kind, act = c.get("rope_parameters") or c.get("rope_scaling") or {}, c.get("model_type"), c.get("hidden_act")
+    rope_type, bias = rope.get("rope_type") or rope.get("type") or "default", c.get("attention_bias")
+    checks = {
+        f"model_type {kind} (supported: {', '.join(QKV_BIAS)})": kind in QKV_BIAS,
+        f"hidden_act {act} (supported: silu)": act in ("silu", None),
+        f"rope type {rope_type} (supported: default)": rope_type == "default",
+        "no rope_theta": c.get("rope_theta") or rope.get("rope_theta"),
+        "attention_bias or mlp_bias": not c.get("mlp_bias") and (kind == "qwen2" or not bias),
+        "use_sliding_window": not c.get("use_sliding_window"),
+    }
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
+        checks[f"{name} {c.get(name)}"] = isinstance(c.get(name), int)
+    for what, good in checks.items():
+        need(good, f"{folder}/config.json: {what} is not supported")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that its index names."""
+    index, tensors = folder / "model.safetensors.index.json", {}
+    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
+    for path in (folder / Path(name).name for name in sorted(names)):  # never outside the folder
+        need(path.is_file(), f"no {path.name} in {folder}; weights are read from safetensors files only")
+        with path.open("rb") as file:
+            lfs = file.read(23) == b"version https://git-lfs"
+        pointer = f'is {path.stat().st_size} bytes and starts with "version https://git-lfs": a Git LFS pointer'
+        need(not lfs, f"{path.name} {pointer}. Run: git lfs pull")
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as error:
+            raise BadInput(f"{path} is damaged ({error}); download or save it again") from None
+    return tensors
+
+
+def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Model:
+    """The model in a Hugging Face folder, weights widened to float32. Raises BadInput for any tensor that is missing,
+    extra or of another shape. eos_ids gets every id that ends a text, vocab_bias -inf where none may be drawn.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    check_config(config, folder)
+    with torch.device("meta"):
+        model = Model(config)
+    tensors, wanted = read_tensors(folder), model.state_dict()
+    if config.get("tie_word_embeddings"):  # one weight, stored once; a second copy must be the same
+        head, embed = tensors.pop("lm_head.weight", None), tensors.get("model.embed_tokens.weight")
+        same = head is None or embed is None or torch.equal(head, embed)
+        need(same, f"{folder}: tie_word_embeddings is true, but lm_head differs from embed_tokens on disk")
+        del wanted["lm_head.weight"]
+    wrong = [f"{n} is missing" for n in wanted if n not in tensors]
+    wrong += [f"{n} is unknown" for n in tensors if n not in wanted]
+    shapes = [(n, tuple(t.shape), tuple(wanted[n].shape)) for n, t in tensors.items() if n in wanted]
+    wrong += [f"{name} has shape {found}, not {right}" for name, found, right in shapes if found != right]
+    need(not wrong, f"{folder}: {len(wrong)} tensors do not match config.json (first: {(wrong or [0])[0]})")
+    tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if config.get("tie_word_embeddings"):
+        model.lm_head.weight = model.model["embed_tokens"].weight
+    model.folder = folder
+    read_special_ids(model)
+    return model.requires_grad_()
+
+
+def read_special_ids(model: Model) -> None:
+    """Fill eos_ids from config, generation config and tokenizer, and vocab_bias from what must not be drawn."""
+    folder, size = model.folder, model.config["vocab_size"]
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    banned = list(generation.get("suppress_tokens") or [])
+    ends = [model.config.get("eos_token_id"), generation.get("eos_token_id")]
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(folder)
+        top = max(tokenizer.get_vocab().values())
+        need(top < size, f"{folder}: the tokenizer has ids up to {top}, the model only {size} embeddings")
+        banned += range(top + 1, size)  # a vocabulary padded to a round size
+        end = read_json(folder / "tokenizer_config.json").get("eos_token") or ""
+        ends.append(tokenizer.token_to_id(end["content"] if isinstance(end, dict) else end))
+        model.is_tiny = tokenizer.token_to_id("<latent>") is not None
+    lists = [end if isinstance(end, list) else [end] for end in ends if end is not None]
+    model.eos_ids = sorted({i for ids in lists for i in ids})
+    if banned:
+        model.vocab_bias = torch.zeros(size, device=model.lm_head.weight.device)
+        model.vocab_bias[banned] = -torch.inf
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    path = Path(folder) / "tokenizer.json"
+    read_json(path)  # for its message: the library's own is a bare Exception
+    return Tokenizer.from_file(str(path))
+
+
+def save_model(model: Model, folder: str | Path) -> None:
+    """A folder that AutoModelForCausalLM opens with the same logits; the tokenizer's files come along."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rope = {"rope_theta": model.rope_theta, "rope_type": "default"}
+    config = model.config | {"rope_theta": model.rope_theta, "rope_parameters": rope}
+    config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    if config.get("tie_word_embeddings"):
+        del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # it came with mode 0600
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (model.folder / name).is_file() and model.folder.resolve() != folder.resolve():
+            shutil.copyfile(model.folder / name, folder / name)
+
+
+# <<< shared: model
+
+
+# >>> shared: sampler (same text in every script that has it; see tests/test_shared_blocks.py)
+CHECK_EVERY = 8  # decode steps between two looks at the stop flags where a look synchronises with the device
+
+
+def row_uniforms(seed: int, step: int, prompt: int, sample: int, count: int) -> np.ndarray:
+    """The random numbers of one completion, (count,) float32 in [0, 1): a function of these four and nothing else,
+    so that a completion depends neither on the batch and its other rows nor on the rank.
+    """
+    return np.random.default_rng((seed, step, prompt, sample)).random(count, np.float32)
+
+
+def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """One token per row, by the inverse CDF: the first whose cumulated probability exceeds the row's number.
+
+    logits (B, V), uniforms (B, 1) in [0, 1); returns (B, 1). A token of probability 0 is never drawn. top_k keeps
+    the likeliest k (0: all), top_p the fewest likeliest that hold p of the mass.
+    """
+    probs = logits.softmax(-1)
+    if top_p < 1 or top_k:
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)  # (B, V)
+        drop = torch.zeros_like(ordered, dtype=torch.bool)
+        if top_p < 1:
+            before = ordered.cumsum(-1) - ordered  # the mass before this token
+            drop |= (before >= top_p) & (before > 0)
+        if top_k:
+            drop[:, top_k:] = True
+        probs = probs.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), 0.0)
+    cdf = probs.cumsum(-1)
+    return torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+
+
+class Decoding:
+    """A batch being sampled: tensors that are allocated before the first step and only written in place.
+
+    What lies behind a row's length means nothing; a row that is not finished was cut off. logprobs are those of the
+    sampled tokens at the sampling temperature, before top-p and top-k. `rows` are the rows still in the batch.
+    """
+
+    def __init__(
+        self, model: Model, cache: Cache, uniforms: Tensor,
+        temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_tokens: int = 0,
+    ):  # fmt: skip
+        (B, N), device = uniforms.shape, cache.lengths.device
+        self.temperature, self.top_p, self.top_k, self.min_tokens = temperature, top_p, top_k, min_tokens
+        self.cache = cache
+        self.uniforms = uniforms.to(device, torch.promote_types(cache.keys.dtype, torch.float32))  # (B, N) in [0, 1)
+        self.tokens = torch.zeros(B, N, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros_like(self.uniforms)  # (B, N)
+        self.lengths = torch.zeros(B, dtype=torch.long, device=device)  # tokens sampled, the end token included
+        self.finished = torch.zeros(B, dtype=torch.bool, device=device)  # ended by an end token or a stop string
+        self.rows = torch.arange(B, device=device)
+        self.last = torch.zeros(B, 1, dtype=torch.long, device=device)  # the newest token of each row in the batch
+        self.step = torch.zeros(1, dtype=torch.long, device=device)
+        self.eos = torch.tensor(model.eos_ids, dtype=torch.long, device=device)
+
+    def drop_finished(self) -> None:
+        """Rows that finished leave the batch (shapes change: not for captured steps)."""
+        alive = (~self.finished[self.rows]).nonzero()[:, 0]
+        self.rows, self.last = self.rows[alive], self.last[alive]
+        self.cache.select(alive)
+
+
+def prefill(model: Model, prompts: list[list[int]], capacity: int) -> tuple[Cache, Tensor]:
+    """Run the prompts, padded on the right: a cache of `capacity` positions, and the last hidden states (P, C)."""
+    device, longest = model.lm_head.weight.device, max(map(len, prompts))
+    tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)  # (P, T)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    cache = Cache(model, len(prompts), capacity)
+    cache.width = longest
+    hidden = model(tokens, cache=cache)
+    cache.lengths.copy_(lengths)  # the padding is forgotten
+    return cache, hidden[torch.arange(len(prompts), device=device), lengths - 1]
+
+
+def emit(s: Decoding, logits: Tensor) -> None:
+    """Draw the next token of every row from logits (B, V) and note it: fixed shapes, nothing read back."""
+    if s.min_tokens:  # before that, no end token
+        logits = logits.index_fill(-1, s.eos, -torch.inf).where(s.step < s.min_tokens, logits)
+    if s.temperature:
+        token = draw(logits, s.uniforms[s.rows, s.step][:, None], s.top_p, s.top_k)  # (B, 1)
+    else:
+        token = logits.argmax(-1, keepdim=True)
+    logprob = logits.gather(1, token) - logits.logsumexp(-1, keepdim=True)  # (B, 1)
+    s.last.copy_(token)
+    s.tokens[s.rows, s.step] = token[:, 0]
+    s.logprobs[s.rows, s.step] = logprob[:, 0].to(s.logprobs.dtype)
+    s.lengths[s.rows] += ~s.finished[s.rows]
+    s.finished[s.rows] |= (token == s.eos).any(-1)
+    s.step += 1
+
+
+def decode_step(model: Model, s: Decoding) -> None:
+    """One more token for every row of the batch."""
+    emit(s, model.logits(model(s.last, cache=s.cache)[:, 0], s.temperature or 1.0))
+
+
+def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """On a GPU, the step recorded once as a CUDA graph and replayed from then on; elsewhere the step itself."""
+    if device.type != "cuda":
+        return step
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        note_once(f"note: CUDA graph capture failed ({first_line(error)}); decoding eagerly")
+        return step
+    return graph.replay
+
+
+@lru_cache
+def note_once(text: str) -> None:
+    print(text, flush=True)
+
+
+def cut_at_stop(s: Decoding, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    """Finish the rows whose text holds a stop string since the last look; the tokens up to its last character stay."""
+    seen = (int(s.step) - 1) // CHECK_EVERY * CHECK_EVERY
+    for row in (s.lengths > seen).nonzero()[:, 0].tolist():
+        ids = s.tokens[row, : s.lengths[row]].tolist()
+        for end in range(seen + 1, len(ids) + 1):
+            text = tokenizer.decode(ids[max(0, end - 32) : end], skip_special_tokens=False)
+            if any(word in text for word in stop):
+                s.lengths[row], s.finished[row] = end, True
+                break
+
+
+def rows_at_once(model: Model, capacity: int) -> int:
+    """How many rows of `capacity` tokens to sample together: at most 256, with a cache of at most 1 GB (GPU: 20)."""
+    heads, layers = model.config["num_key_value_heads"], model.config["num_hidden_layers"]
+    per_row = 2 * layers * heads * model.head_dim * capacity * (model.compute_dtype or torch.float32).itemsize
+    return max(1, min(256, int((1e9 if model.lm_head.weight.device.type == "cpu" else 20e9) / per_row)))
+
+
+@torch.inference_mode()
+def generate(
+    model: Model, prompts: list[list[int]], uniforms: Tensor, temperature: float = 1.0, top_p: float = 1.0,
+    top_k: int = 0, min_tokens: int = 0, stop: tuple[str, ...] = (), tokenizer: Tokenizer | None = None,
+) -> Decoding:  # fmt: skip
+    """Continue each of P prompts B / P times by at most N tokens, with uniforms (B, N), rows of a prompt together;
+    temperature 0 is greedy. Returns tokens (B, N), lengths (B,), finished (B,), logprobs (B, N) on the CPU.
+
+    Each prompt runs through the model once, and its group shares the cache. On the CPU finished rows leave the
+    batch; elsewhere the step keeps its shapes, and the stop flags are read every CHECK_EVERY tokens.
+    """
+    (rows, steps), longest = uniforms.shape, max(map(len, prompts))
+    device = model.lm_head.weight.device
+    on_cpu = device.type == "cpu"
+    cache, hidden = prefill(model, prompts, longest + steps)
+    group = torch.arange(len(prompts), device=device).repeat_interleave(rows // len(prompts))
+    cache.select(group)
+    s = Decoding(model, cache, uniforms, temperature, top_p, top_k, min_tokens)
+    advance = partial(decode_step, model, s)
+    for done in range(steps):
+        if stop and done and done % CHECK_EVERY == 0:
+            cut_at_stop(s, tokenizer, stop)
+        if on_cpu or done % CHECK_EVERY == 0:
+            alive = len(s.rows) - int(s.finished[s.rows].sum())
+            if not alive:
+                break
+            if on_cpu and alive <= 0.75 * len(s.rows):
+                s.drop_finished()
+        s.cache.width = longest + done if on_cpu else longest + steps
+        if done == 2:  # one step has run eagerly and warmed up what a capture may not do
+            advance = capture(advance, device)
+        if done:
+            advance()
+        else:
+            emit(s, model.logits(hidden, temperature or 1.0)[group])
+    if stop and steps:
+        cut_at_stop(s, tokenizer, stop)
+    s.tokens, s.lengths, s.finished, s.logprobs = (t.cpu() for t in (s.tokens, s.lengths, s.finished, s.logprobs))
+    return s
+
+
+# <<< shared: sampler
+
+
+# >>> shared: logprobs (same text in every script that has it; see tests/test_shared_blocks.py)
+def pad_rows(rows: list[list], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Lists of numbers as one tensor (B, T), padded on the right with 0."""
+    longest = max(map(len, rows))
+    return torch.tensor([list(row) + [0] * (longest - len(row)) for row in rows], dtype=dtype).to(device)
+
+
+def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Row numbers, longest first, cut so that no batch padded to its longest row exceeds max_tokens (one row may).
+
+    >>> micro_batches([3, 9, 4, 8], 18)
+    [[1, 3], [2, 0]]
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def head_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(N,) log-probability of `chosen` and (N,) entropy, from hidden states (N, C)."""
+    logits = model.logits(hidden, temperature)  # (N, V)
+    logprobs = logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
+    with torch.no_grad():
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+    return logprobs, entropy
+
+
+def completion_logprobs(
+    model: Model, tokens: Tensor, mask: Tensor, temperature: float = 1.0, chunk: int = 2**26
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens[:, 1:] and entropies of their distributions, both (B, T-1), 0 where mask is 0.
+
+    Only trained positions go through the head, at most `chunk` logits at a time; they are computed again in the
+    backward pass, so that (tokens x vocabulary) never lies in memory as a whole. mask (B, T) is 1 on trained tokens.
+    """
+    where = mask[:, 1:].bool()
+    hidden, chosen = model(tokens[:, :-1])[where], tokens[:, 1:][where]  # (N, C), (N,)
+    size = max(1, chunk // model.config["vocab_size"])
+    if len(chosen) <= size:
+        parts = [head_logprobs(model, hidden, chosen, temperature)]
+    else:
+        pieces = zip(hidden.split(size), chosen.split(size), strict=True)
+        parts = [checkpoint(head_logprobs, model, h, c, temperature, use_reentrant=False) for h, c in pieces]
+    logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+    empty = torch.zeros(where.shape, dtype=logprobs.dtype, device=tokens.device)
+    return empty.masked_scatter(where, logprobs), empty.masked_scatter(where, entropy)
+
+
+# <<< shared: logprobs
+
+
+# >>> shared: rollout (same text in every script that has it; see tests/test_shared_blocks.py)
+@dataclass
+class Completion:
+    """One sampled answer and what the verifier says of it."""
+
+    number: int  # of its prompt
+    problem: dict
+    prompt: list[int]
+    tokens: list[int]  # with the end token
+    logprobs: list[float]
+    finished: bool  # ended by itself; else truncated
+    text: str
+    score: dict  # {"format", "answer", "correct", "total"}
+    reward: float = 0.0  # what the script makes of the score
+
+
+class Prompter:
+    """Problems to prompt ids: compact for the tiny tokenizer, else plain text, or the model's chat template."""
+
+    def __init__(self, model: Model, task, chat: bool):
+        self.task, self.tokenizer, self.end = task, load_tokenizer(model.folder), model.eos_ids[:1]
+        self.style = "chat" if chat else "compact" if model.is_tiny else "text"
+        self.stop = ("</answer>", "\nUser:") if self.style == "text" else ()
+        if self.style == "chat":
+            from transformers import AutoTokenizer  # slow to import, and only the chat template needs it
+
+            self.template = AutoTokenizer.from_pretrained(model.folder)
+            if not self.template.chat_template:
+                raise BadInput(f"--chat: {model.folder} has no chat template; leave --chat out")
+
+    def text(self, problem: dict) -> str:
+        asked = prompt(self.task, problem, self.style)
+        return self.fill(asked, True) + ASSISTANT_PREFIX if self.style == "chat" else asked
+
+    def fill(self, messages: list[dict], reply: bool) -> str:
+        """The chat template's text of these messages; reply opens the assistant's turn."""
+        return self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def describe(self, c: Completion) -> dict[str, float]:
+        """What the task has to say of a completion besides its score."""
+        return self.task.describe(c.text, c.problem) if hasattr(self.task, "describe") else {}
+
+    def line(self, c: Completion, **more) -> str:
+        """One completion as a line for the log, escaped."""
+        parts = {name: c.score[name] for name in ("answer", "format", "correct")}
+        parts |= {"length": len(c.tokens), "truncated": not c.finished, **more}
+        return f"{escaped(self.text(c.problem))}|{escaped(c.text)}| {parts}"
+
+
+def rollout(
+    model: Model, prompter: Prompter, numbered: list[tuple[int, dict]], group_size: int, max_new_tokens: int,
+    stream: tuple[int, int], temperature: float, **score_options,
+) -> list[Completion]:  # fmt: skip
+    """Sample `group_size` completions of each (number, problem) and score them; groups are contiguous.
+
+    stream is (seed, step): with the numbers of prompt and completion it names the random numbers that are used.
+    """
+    done, encoded = [], [prompter.encode(prompter.text(p)) for _, p in numbered]
+    per_batch = max(1, rows_at_once(model, max(map(len, encoded), default=0) + max_new_tokens) // group_size)
+    for start in range(0, len(numbered), per_batch):
+        part = [(n, p) for n, p in numbered[start : start + per_batch] for _ in range(group_size)]
+        prompts = encoded[start : start + per_batch]
+        numbers = [row_uniforms(*stream, n, i % group_size, max_new_tokens) for i, (n, _) in enumerate(part)]
+        uniforms = torch.from_numpy(np.stack(numbers))
+        s = generate(model, prompts, uniforms, temperature, stop=prompter.stop, tokenizer=prompter.tokenizer)
+        bad = int((~s.logprobs.isfinite()).any(1).sum())
+        if bad:
+            raise FloatingPointError(f"step {stream[1]}: {bad} of {len(part)} rows met logits that are not finite")
+        for row, (number, problem) in enumerate(part):
+            tokens, logprobs = (t[row, : s.lengths[row]].tolist() for t in (s.tokens, s.logprobs))
+            text = prompter.decode(tokens[:-1] if tokens and tokens[-1] in model.eos_ids else tokens)
+            score = prompter.task.score(text, problem, **score_options)
+            given, finished = prompts[row // group_size], bool(s.finished[row])
+            done.append(Completion(number, problem, given, tokens, logprobs, finished, text, score))
+    return done
+
+
+def evaluate(run: "Run", model: Model, prompter: Prompter, step: int) -> dict[str, float]:
+    """Log and return the held-out accuracy over eval_problems x eval_samples completions. The random numbers are
+    those of stream 0 every time, so two evaluations are paired. `_se` is the standard error over problems.
+    """
+    cfg, k = run.cfg, run.cfg.eval_samples
+    if not cfg.eval_problems:
+        return {}
+    problems = list(enumerate(heldout(prompter.task, cfg.eval_problems)))[run.rank :: run.world]
+    mine = rollout(model, prompter, problems, k, cfg.max_new_tokens, (cfg.seed, 0), cfg.temperature)
+    done = [c for part in run.gather(mine) for c in part]
+    counts = [sum(c.score["correct"] for c in done[i : i + k]) for i in range(0, len(done), k)]  # right, per problem
+    error = float(np.std(counts, ddof=len(counts) > 1)) / k / math.sqrt(len(counts))
+    metrics = {"accuracy": sum(counts) / len(done), "accuracy_se": error}
+    metrics |= {f"pass@{2**i}": mean(pass_at_k(k, c, 2**i) for c in counts) for i in range(k.bit_length())}
+    metrics |= {"format": mean(c.score["format"] for c in done), "clipped_ratio": mean(not c.finished for c in done)}
+    metrics["completion_length"] = mean(len(c.tokens) for c in done)
+    metrics["entropy"] = -mean(p for c in done for p in c.logprobs)  # of the sampling distribution, nats a token
+    details = [prompter.describe(c) for c in done]
+    metrics |= {name: mean(d[name] for d in details) for name in details[0]}
+    if "gave_up" in metrics:
+        stayed = [c.score["correct"] for c, d in zip(done, details, strict=True) if not d["gave_up"]]
+        metrics["accuracy_not_given_up"] = mean(stayed)
+    metrics = {f"eval/{name}": value for name, value in metrics.items()}
+    run.log(step, metrics, show=("eval/accuracy", "eval/completion_length"))
+    return metrics
+
+
+def mean(values) -> float:
+    """The mean; nan of nothing."""
+    values = list(values)
+    return float(sum(values)) / len(values) if values else math.nan
+
+
+def escaped(text: str) -> str:
+    """Text on one line, control characters written out, so that no sample can steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# <<< shared: rollout
+
+
+# >>> shared: run (same text in every script that has it; see tests/test_shared_blocks.py)
+class Run:
+    """What surrounds the algorithm: ranks, device, folder, log, checkpoints, interruption."""
+
+    def __init__(self, cfg):
+        self.cfg, self.started, self.signal, self.skipped = cfg, time.time(), 0, 0
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        there = name == "cpu" or getattr(torch, name).is_available()
+        need(there, f"--device {name}: there is none here; leave the flag out")
+        self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+        if name == "cuda":
+            torch.cuda.set_device(self.device)
+        wide = name != "cuda" or not torch.cuda.is_bf16_supported()
+        self.dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "float32" if wide else "bfloat16")
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(minutes=cfg.timeout))
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.on_signal)
+        if cfg.check:  # the whole way once, as small as it goes
+            cfg.steps, cfg.eval_problems, cfg.eval_samples = 1, min(cfg.eval_problems, 2), min(cfg.eval_samples, 2)
+
+    def on_signal(self, number: int, frame) -> None:
+        if self.signal:  # the second one: leave at once
+            os._exit(128 + number)
+        self.signal = number
+        self.say("stopping after this step; once more leaves at once")
+
+    def gather(self, value) -> list:
+        """The values of all ranks, in rank order, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def on_rank_0(self, function: Callable):
+        """Its result on rank 0, or its BadInput, on every rank; the others wait."""
+        try:
+            result = function() if self.rank == 0 else None
+        except BadInput as error:
+            result = error
+        result = self.gather(result)[0]
+        if isinstance(result, BadInput):
+            raise result
+        return result
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def load(self, name: str) -> tuple[Model, Model]:
+        """The model to train, and the one to sample from: the same, or a copy in bfloat16 (see `refresh`)."""
+        self.on_rank_0(lambda: resolve_model(name))  # one downloads, then all find it in the cache
+        model = load_model(resolve_model(name), self.device)
+        large = num_parameters(model) >= 1e9
+        model.checkpointing = large if self.cfg.checkpointing == "auto" else self.cfg.checkpointing == "on"
+        model.compute_dtype = self.dtype
+        if self.dtype == torch.float32:
+            return model, model
+        return model, copy.deepcopy(model).to(self.dtype).requires_grad_(False)
+
+    def refresh(self, to: Model, model: Model) -> None:
+        """Copy the trained weights into the sampling copy, in place, so that captured graphs stay valid."""
+        if to is not model:
+            with torch.no_grad():
+                torch._foreach_copy_(list(to.parameters()), list(model.parameters()))
+
+    def choose(self, model: Model, by_size: dict[str, tuple]) -> dict:
+        """Set the flags whose 0 means "by model size": for under 10 M parameters, under 1 B, and above."""
+        column = (num_parameters(model) >= 10e6) + (num_parameters(model) >= 1e9)
+        chosen = {name: values[column] for name, values in by_size.items() if not getattr(self.cfg, name)}
+        for name, value in chosen.items():
+            setattr(self.cfg, name, value)
+        return chosen
+
+    def open(self, model: Model, prompter: Prompter, chosen: dict, batch: str) -> None:
+        """Make the run folder, or take the one to resume; write run.json; say what is about to happen."""
+        cfg = self.cfg
+        example = prompter.text(prompter.task.problem("train", cfg.seed, 0))
+        if cfg.eval_problems:
+            heldout(prompter.task, cfg.eval_problems)  # complains before anything is written
+        self.folder = self.on_rank_0(self.find_folder)
+        self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
+        if self.rank == 0 and not cfg.check:  # also when resuming: flags may have changed
+            about = {"script": Path(__file__).name, "command": " ".join(sys.argv), "config": asdict(cfg)}
+            if cfg.resume:  # the first start chose
+                chosen |= read_json(self.folder / "run.json").get("chosen", {})
+            about |= {"chosen": chosen, "device": str(self.device), "dtype": str(self.dtype), "ranks": self.world}
+            about["versions"] = {name: version(name) for name in ("torch", "tokenizers", "numpy")}
+            write_atomically(self.folder / "run.json", json.dumps(about, indent=2))
+            if not cfg.resume:
+                shutil.copyfile(__file__, self.folder / Path(__file__).name)
+        why = "as asked" if cfg.device != "auto" else "found" if self.device.type != "cpu" else "no CUDA device"
+        capacity = len(prompter.encode(example)) + cfg.max_new_tokens
+        plan = memory_plan(model, rows_at_once(model, capacity), capacity, cfg.micro_batch_tokens, self.dtype)
+        self.say(
+            f"device {self.device} ({why}), products in {self.dtype}, {self.world} rank(s)\n"
+            f"model  {cfg.model}: {num_parameters(model) / 1e6:.2f} M parameters from {model.folder}\n"
+            f"task   {cfg.task}, style {prompter.style}: {escaped(example)}\n"
+            f"batch  {batch}\nchosen by model size: {chosen or 'nothing'}\n"
+            f"memory {plan} GB\nfolder {self.folder}"
+        )
+        self.bar = tqdm(total=cfg.steps, disable=None if self.rank == 0 else True, unit="step")
+
+    def find_folder(self) -> Path:
+        if self.cfg.resume:
+            need(checkpoints(Path(self.cfg.resume)), f"--resume {self.cfg.resume}: no checkpoint there; start again")
+        if self.cfg.check or self.cfg.resume:
+            return Path(self.cfg.out if self.cfg.check else self.cfg.resume)
+        default = f"out/{Path(__file__).stem}-{self.cfg.task.partition(':')[0]}-{self.cfg.seed}"
+        folder, number = Path(self.cfg.out or default), 2
+        at = "".join(f" at step {int(p.name[5:])}" for p in checkpoints(folder)[-1:])
+        ways = f"Continue: --resume {folder}   New folder: --out {folder}-2"
+        need(not self.cfg.out or not (folder / "run.json").exists(), f"{folder} holds a run{at}. {ways}")
+        while not self.cfg.out and folder.exists():
+            folder, number = Path(f"{default}-{number}"), number + 1
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"--out {folder} cannot be made ({error.strerror}); name another folder") from None
+        return folder
+
+    def log(self, step: int, metrics: dict[str, float], show: tuple[str, ...] = ()) -> None:
+        """Append a line to metrics.jsonl; move the bar, or print a plain line where there is no terminal."""
+        if self.rank == 0:
+            line = {"step": step, "seconds": round(time.time() - self.started, 2)}
+            line |= {name: round(value, 6) for name, value in metrics.items() if math.isfinite(value)}
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            shown = {name: f"{line[name]:.4g}" for name in show if name in line}
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+            if self.bar.disable:
+                self.say(f"step {step}/{self.cfg.steps} {shown} {line['seconds']:.0f} s".replace("'", ""))
+
+    def keep_samples(self, step: int, prompter: Prompter, done: list[Completion], advantages: list) -> None:
+        """Append completions, token by token, to samples.jsonl, up to 20 MB in a run."""
+        if self.rank or self.samples.exists() and self.samples.stat().st_size > 20e6:
+            return
+        with self.samples.open("a", encoding="utf-8") as file:
+            for c, advantage in zip(done, advantages, strict=True):
+                line = {"step": step, "group": c.number, "problem": c.problem, "prompt": prompter.decode(c.prompt)}
+                line |= {"tokens": c.tokens, "pieces": [prompter.decode([i]) for i in c.tokens]}
+                line |= {"mask": [1] * len(c.tokens), "logprobs": [round(p, 4) for p in c.logprobs]}
+                line["rewards"] = c.score
+                file.write(json.dumps(line | {"advantage": round(advantage, 4), "truncated": not c.finished}) + "\n")
+
+    def update(self, model: Model, optimizer: torch.optim.Optimizer, lr: float, clip: float = 1.0) -> float:
+        """Sum the gradients over the ranks, clip, step; their norm before clipping. Where that is not finite, it is
+        so on all ranks: the step is skipped, and five in a row stop the run.
+        """
+        for weight in model.parameters():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            if self.world > 1:
+                dist.all_reduce(weight.grad)
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), clip))
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if not self.skipped:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        else:
+            count = f"{self.skipped} in a row, 5 stop the run"
+            self.say(f"note: gradient not finite; update skipped on all ranks ({count})")
+        optimizer.zero_grad(set_to_none=True)
+        if self.skipped == 5:
+            raise FloatingPointError("five gradients in a row were not finite: lower --lr, look at samples.jsonl")
+        return norm
+
+    def after_step(self, step: int, model: Model, optimizer: torch.optim.Optimizer, **extra) -> bool:
+        """Save where it is due; True on all ranks at once as soon as one of them got Ctrl-C or SIGTERM."""
+        self.signal = max(self.gather(self.signal))
+        due = self.cfg.save_every and step % self.cfg.save_every == 0
+        if self.signal or due or step == self.cfg.steps:
+            self.save(step, model, optimizer, **extra)
+        return self.signal > 0 and step < self.cfg.steps
+
+    def save(self, step: int, model: Model, optimizer: torch.optim.Optimizer, keep: int = 2, **extra) -> None:
+        """Write step-N, a Hugging Face folder with trainer.pt; it appears whole or not at all, then old ones go."""
+        folder = self.folder / f"step-{step:06d}"
+        if self.rank == 0:
+            unfinished = folder.with_suffix(".tmp")
+            for stale in self.folder.glob("step-*.tmp"):
+                shutil.rmtree(stale)
+            state = {"step": step, "world": self.world, "optimizer": optimizer.state_dict(), **extra}
+            try:
+                save_model(model, unfinished)
+                torch.save(state, unfinished / "trainer.pt")
+            except (OSError, RuntimeError, SafetensorError) as error:  # a full disk
+                raise OSError(f"{folder} cannot be written ({first_line(error)}); the one before is whole") from None
+            if folder.exists():
+                shutil.rmtree(folder)
+            unfinished.rename(folder)
+            for old in checkpoints(self.folder)[:-keep]:
+                shutil.rmtree(old)
+        self.gather(0)  # all wait for the disk
+
+    def resume(self, model: Model, optimizer: torch.optim.Optimizer) -> dict:
+        """Load the newest whole checkpoint into model and optimizer; returns what else `save` wrote, "step" among
+        it. What the logs hold beyond that step is dropped.
+        """
+        for folder in reversed(checkpoints(Path(self.cfg.resume))):
+            try:
+                saved = load_model(folder, self.device)
+                state = torch.load(folder / "trainer.pt", map_location=self.device, weights_only=True)
+            except (BadInput, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                self.say(f"note: {folder} cannot be read ({first_line(error)}); taking the one before")
+                continue
+            self.refresh(model, saved)
+            optimizer.load_state_dict(state["optimizer"])
+            if state["world"] != self.world:
+                self.say(f"note: a run of {state['world']} rank(s) goes on with {self.world}")
+            for log in (self.metrics, self.samples) if self.rank == 0 else ():
+                if not log.exists():
+                    continue
+                lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # whole ones
+                kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+                write_atomically(log, "".join(line + "\n" for line in kept))
+            self.say(f"resumed from {folder}")
+            return state
+        raise BadInput(f"--resume {self.cfg.resume}: no checkpoint there can be read; start again without --resume")
+
+    def interrupted(self, step: int) -> int:
+        """Say how to go on; the exit code."""
+        self.bar.close()
+        name, script = signal.Signals(self.signal).name.replace("SIGINT", "Ctrl-C"), Path(__file__).name
+        saved = self.folder / f"step-{step:06d}"
+        again = f"python {script} --resume {self.folder}"
+        self.say(f"{script}: stopped by {name} after step {step}; saved {saved}. Continue: {again}")
+        return 128 + self.signal
+
+    def finish(self, model: Model, prompter: Prompter) -> int:
+        """Evaluate what came out and what it started from, print both, and where everything lies; the exit code."""
+        self.signal = -1  # all is saved: from here on Ctrl-C leaves at once
+        after, script = evaluate(self, model, prompter, self.cfg.steps), Path(__file__).name
+        before = after
+        if self.cfg.steps:  # --steps 0 only evaluates
+            start = load_model(model.folder, self.device).to(model.lm_head.weight.dtype)
+            start.compute_dtype = model.compute_dtype
+            before = evaluate(self, start, prompter, 0)
+        self.bar.close()
+        if self.cfg.check:
+            self.say("check passed")
+            return 0
+        for name, value in after.items():
+            if not name.endswith("_se"):
+                errors = [f" +- {m[name + '_se']:.3f}" if name + "_se" in m else "" for m in (before, after)]
+                self.say(f"{name:28}{before[name]:8.3f}{errors[0]} -> {value:8.3f}{errors[1]}")
+        logs = ", ".join(str(log) for log in (self.metrics, self.samples) if log.exists())
+        self.say(
+            f"model   {(checkpoints(self.folder) or [model.folder])[-1]}\nlog     {logs}\n"
+            f"go on   python {script} --resume {self.folder} --steps {2 * self.cfg.steps}\n"
+            f"report  python docs/report.py {self.folder}"
+        )
+        return 0
+
+
+def num_parameters(model: Model) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if p.name[5:].isdigit())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    path.with_name(path.name + ".tmp").write_text(text, encoding="utf-8")
+    path.with_name(path.name + ".tmp").replace(path)
+
+
+def memory_plan(model: Model, rows: int, capacity: int, micro_tokens: int, dtype: torch.dtype) -> dict[str, float]:
+    """GB of each large thing in a run: weights and optimizer in float32, the rest in `dtype`, logits in float32."""
+    c, weights, size, layers = model.config, num_parameters(model), dtype.itemsize, model.config["num_hidden_layers"]
+    inside = 14 * c["hidden_size"] + 4 * c["intermediate_size"]  # what one layer stores per token for its backward
+    kept = layers * c["hidden_size"] + inside if model.checkpointing else layers * inside
+    plan = {"weights, gradients, Adam": 16 * weights, "sampling copy": 0 if size == 4 else size * weights}
+    plan["KV cache"] = 2 * layers * rows * c["num_key_value_heads"] * capacity * model.head_dim * size
+    plan["activations"], plan["logits"] = micro_tokens * kept * size, 12 * min(2**26, micro_tokens * c["vocab_size"])
+    return {name: round(count / 1e9, 3) for name, count in plan.items()} | {"all": round(sum(plan.values()) / 1e9, 2)}
+
+
+def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
+    """Run a script; the exit code: 0 done, 1 runtime fault, 2 bad usage or input, 130 Ctrl-C, 143 SIGTERM."""
+
+    def fail(message: str, code: int) -> int:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+        return code
+
+    try:
+        cfg = parse_config(config, argv)
+        with tempfile.TemporaryDirectory() as temporary:
+            cfg.out = temporary if cfg.check else cfg.out
+            return train(cfg)
+    except BadInput as error:
+        return fail(str(error), 2)
+    except (FloatingPointError, OSError) as error:
+        return fail(str(error), 1)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        what = first_line(error)
+        return fail(f"out of memory ({what}); try half of --micro_batch_tokens; --check prints a plan", 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# <<< shared: run
+
+
+# >>> shared: config (same text in every script that has it; see tests/test_shared_blocks.py)
+def parse_config(config: type, argv: list[str] | None = None):
+    """The command line as an instance of the dataclass `config`, one flag per field. --resume brings the settings of
+    that run, which flags given beside it override. Raises BadInput for anything it does not understand.
+    """
+    script, flags = Path(__file__).name, {f.name: f for f in fields(config)}
+    argv = sys.argv[1:] if argv is None else argv
+
+    def complain(message: str) -> None:
+        raise BadInput(f"{message}; python {script} --help lists all flags")
+
+    epilog = f"examples:\n  python {script}\n  python {script} --model Qwen2.5-1.5B --task countdown\n"
+    epilog += f"short model names: {', '.join(SHORT_NAMES)}"
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        script, description=__doc__, epilog=epilog, allow_abbrev=False, formatter_class=layout
+    )
+    parser.error = complain
+    for name, f in flags.items():
+        text = f"{f.metadata['help']} (default: {f.default if f.default != '' else 'none'})".replace("%", "%%")
+        kind = {"type": type(f.default), "choices": get_args(f.type) or None}
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else kind
+        parser.add_argument(f"--{name}", default=f.default, help=text, **kind)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        words = {f.metadata["help"].split(",")[0].replace(" ", "_"): name for name, f in flags.items()}
+        words |= {name: name for name in flags}
+        close = get_close_matches(unknown[0].lstrip("-").split("=")[0], words, n=1)
+        hint = f"did you mean --{words[close[0]]}?" if close else "see --help"
+        raise BadInput(f"unknown flag {unknown[0]}; {hint}")
+    if given.resume:
+        runs = Path("out").glob(f"{Path(script).stem}-*/run.json")
+        newest = max(runs, key=lambda path: path.stat().st_mtime, default=Path("auto/run.json"))
+        folder = newest.parent if given.resume == "auto" else Path(given.resume)
+        need((folder / "run.json").is_file(), f"--resume {folder}: no run.json there; name the folder of a run")
+        need(not given.out, f"--resume {folder} goes on in that folder; leave --out {given.out} out")
+        run = read_json(folder / "run.json")
+        other = run.get("script", script)
+        need(other == script, f"--resume {folder} is a run of {other}, not of {script}")
+        saved = {name: value for name, value in run.get("config", {}).items() if name in flags}
+        need(saved, f"--resume {folder}: run.json there holds no settings")
+        parser.set_defaults(**saved)
+        given = parser.parse_args(argv)
+        given.resume, given.out = str(folder), ""
+        names = [n for n in ("model", "task", "seed", "group_size") if n in saved]
+        differ = [f"--{n} {saved[n]} there, {getattr(given, n)} here" for n in names if getattr(given, n) != saved[n]]
+        need(not differ, f"--resume {folder} is another run ({'; '.join(differ)}); leave out what differs")
+    for name, f in flags.items():
+        value, least = getattr(given, name), f.metadata["least"]
+        good = not isinstance(value, (int, float)) or least <= value < math.inf
+        need(good, f"--{name} {value}: a number of at least {least} is needed")
+    return config(**vars(given))
+
+
+# <<< shared: config
+
+
+# ------------------------------------------------------------------------ what this script adds to the machine
+
+
+class ThoughtPrompter(Prompter):
+    """Prompts and rows of a stage: question, newline, thoughts between their markers, steps, answer (eq. 2)."""
+
+    def __init__(self, model: Model, task, cfg: Config):
+        super().__init__(model, task, chat=False)
+        self.cfg, self.stage, self.stop = cfg, 0, ()
+        self.encode = lru_cache(2**16)(self.encode)  # the same few equations, again and again
+        self.ask = getattr(task, "compact" if self.style == "compact" else "question", task.question)
+        self.names = MARKERS[model.is_tiny]
+        self.markers = tuple(self.tokenizer.token_to_id(name) for name in self.names)
+        self.marked = cfg.mode in ("coconut", "pause", "no_curriculum")
+
+    def plan(self, problem: dict, stage: int, prompting: bool = False) -> tuple[int, int]:
+        cfg, count = self.cfg, len(self.task.steps(problem))
+        return stage_plan(cfg.mode, stage, count, cfg.c, cfg.max_stage, cfg.pad_latent_to_max, prompting)
+
+    def text(self, problem: dict) -> str:
+        thoughts = self.plan(problem, self.stage, prompting=True)[1]
+        return self.ask(problem) + "\n" + (self.names[0] + self.names[1] * thoughts + self.names[2]) * self.marked
+
+    def row(self, problem: dict, stage: int) -> tuple[list[int], list[int]]:
+        steps = [self.encode(step + "\n") for step in self.task.steps(problem)]
+        answer = self.encode(self.task.MARKER + self.task.answer(problem)) + self.end
+        markers = self.markers if self.marked else None
+        return layout(self.encode(self.ask(problem) + "\n"), steps, answer, markers, *self.plan(problem, stage))
+
+    def describe(self, c: Completion) -> dict[str, float]:
+        """Generated tokens: thoughts count, markers and the end token do not; a pause is read, not generated."""
+        thoughts = c.prompt.count(self.markers[1]) * (self.cfg.mode != "pause")
+        tokens = thoughts + len(c.tokens) - c.finished
+        return {"stage": self.stage, "thoughts": thoughts, "generated_tokens": tokens}
+
+
+Model.forward = thinking(Model.forward)  # a model whose config.json names a thought's place fills it, here and there
+
+
+if __name__ == "__main__":
+    sys.exit(record(main)(train, Config))
