@@ -248,7 +248,7 @@ def clipped_policy_loss(
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float) -> Tensor:
-    """Eq. 5 summed over reward types and, with these weights, over tokens: values, old_values, returns (N, M), weights (N,).
+    """Eq. 5 summed over reward types and, weighted, over tokens: values, old_values, returns (N, M), weights (N,).
 
     With clip > 0 a value that has moved that far towards its return gets no gradient any more.
     """
