@@ -92,6 +92,16 @@ def score_math(text: str, gold: str, **kw) -> dict:
     return score(text, answer, answer is not None and math_equal(str(gold), answer), **kw)
 
 
+def score_last_line(text: str, gold: str, **kw) -> dict:
+    """Score of a chain of steps: what stands on the last line, after the last # there; commas do not count.
+
+    >>> score_last_line("3*4=12\\n12*90=1080\\n### 1,080", "1080")["correct"]
+    True
+    """
+    answer = text.strip().rpartition("\n")[2].rpartition("#")[2].replace(",", "").strip()
+    return score(text, answer, answer == str(gold).replace(",", "").strip(), **kw)
+
+
 def score(text: str, answer: str | None, correct: bool, format_weight: float = 0.1, eos: str = "") -> dict:
     """The parts of a reward and their sum (eq. 1)."""
     layout = float(strict_format(text, eos))
@@ -506,8 +516,125 @@ class Math(GSM8K):
     FIELD, EXAMPLE, SCORER = "problem", "\\frac{1}{2}", staticmethod(score_math)
 
 
+# Chains: a problem with steps(problem), a list of texts, and answer(problem). MARKER stands before the answer; without
+# one the answer looks like the result of a step. Neither tags nor <think>: the steps are the thinking.
+
+
+@dataclass
+class AffineChain:
+    """A start value, then `length` operations + d or * d modulo `modulus`; a step is one equation.
+
+    >>> AffineChain().steps({"start": 3, "operations": ["+2", "*4", "+6"]})
+    ['3+2=5', '5*4=6', '6+6=5']
+    """
+
+    length: int = 3
+    modulus: int = 7
+
+    NATURAL = {}
+    MARKER = ""
+
+    def __post_init__(self):
+        if not (1 <= self.length <= 50 and 3 <= self.modulus <= 10):
+            raise BadInput(f"{self}: length 1 to 50 and modulus 3 to 10 are allowed, so that a value is one digit")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        """Neither + 0 nor * 0 nor * 1: every operation counts."""
+        rng = random.Random(f"affine {split} {seed} {index}")
+        for _ in range(10_000):
+            signs = [rng.choice("+*") for _ in range(self.length)]
+            operations = [sign + str(rng.randrange(1 + (sign == "*"), self.modulus)) for sign in signs]
+            problem = {"start": rng.randrange(self.modulus), "operations": operations}
+            if split_of(self.key(problem)) == split:
+                return problem
+        raise BadInput(f"no {split} problem found for {self}; make the chain longer")
+
+    def key(self, problem: dict) -> str:
+        return self.compact(problem)
+
+    def compact(self, problem: dict) -> str:
+        return str(problem["start"]) + "".join(problem["operations"])
+
+    def question(self, problem: dict) -> str:
+        operations = ", then ".join(problem["operations"])
+        return f"Start with {problem['start']} and apply {operations}, each time modulo {self.modulus}."
+
+    def steps(self, problem: dict) -> list[str]:
+        value, steps = problem["start"], []
+        for operation in problem["operations"]:
+            result = ARITHMETIC[operation[0]](value, int(operation[1:])) % self.modulus
+            steps.append(f"{value}{operation}={result}")
+            value = result
+        return steps
+
+    def answer(self, problem: dict) -> str:
+        return self.steps(problem)[-1].rpartition("=")[2]
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_last_line(text, self.answer(problem), **kw)
+
+
+PERMUTATIONS = list(itertools.permutations(range(3)))  # S3, written a to f in this order; a is the identity
+S3_PRODUCT = {  # "bc" -> the letter of "first b, then c"; the smallest group where the order matters
+    x + y: "abcdef"[PERMUTATIONS.index(tuple(q[i] for i in p))]
+    for x, p in zip("abcdef", PERMUTATIONS, strict=True)
+    for y, q in zip("abcdef", PERMUTATIONS, strict=True)
+}
+
+
+@dataclass
+class S3:
+    """The word problem of the symmetric group S3: the product of `elements` permutations of three things."""
+
+    elements: int = 5
+
+    NATURAL = {}
+    MARKER = ""
+
+    def __post_init__(self):
+        if not 2 <= self.elements <= 100:
+            raise BadInput(f"s3 takes 2 to 100 elements, not {self.elements}")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        rng = random.Random(f"s3 {split} {seed} {index}")
+        for _ in range(10_000):
+            problem = {"elements": "".join(rng.choice("abcdef") for _ in range(self.elements))}
+            if split_of(self.key(problem)) == split:
+                return problem
+        raise BadInput(f"no {split} problem found for {self}; take more elements")
+
+    def key(self, problem: dict) -> str:
+        return problem["elements"]
+
+    def compact(self, problem: dict) -> str:
+        return problem["elements"]
+
+    def question(self, problem: dict) -> str:
+        meaning = ", ".join(f"{x} = {p}" for x, p in zip("abcdef", PERMUTATIONS, strict=True))
+        return f"With {meaning}, apply {', '.join(problem['elements'])} from left to right. Which letter is the result?"
+
+    def products(self, problem: dict) -> str:
+        """The running product after each element, as letters.
+
+        >>> S3().products({"elements": "bbcde"})
+        'bacfc'
+        """
+        return "".join(itertools.accumulate(problem["elements"], lambda x, y: S3_PRODUCT[x + y]))
+
+    def steps(self, problem: dict) -> list[str]:
+        left = self.products(problem)
+        return [f"{left[i]}*{y}={left[i + 1]}" for i, y in enumerate(problem["elements"][1:])]
+
+    def answer(self, problem: dict) -> str:
+        return self.products(problem)[-1]
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_last_line(text, self.answer(problem), **kw)
+
+
 TASKS = {"countdown": Countdown, "multiplication": Multiplication, "gsm8k": GSM8K, "math": Math}
-Task = Countdown | Multiplication | GSM8K
+TASKS |= {"affine": AffineChain, "s3": S3}
+Task = Countdown | Multiplication | GSM8K | AffineChain | S3
 
 
 def make_task(spec: str, data: str = "", natural: bool = False) -> Task:
