@@ -20,9 +20,9 @@ Run
     python recurrent_depth.py                                          # word problem of S3, two CPU cores, minutes
     python recurrent_depth.py --recurrence fixed                       # the control: always r_bar + 1 iterations
     python recurrent_depth.py --task text --data FILE.txt              # next character of a text of yours
-    torchrun --standalone --nproc_per_node=8 recurrent_depth.py --task text --data FILE.txt --tokenizer DIR \
+    torchrun --standalone --nproc_per_node=8 recurrent_depth.py --task text --data FILE.txt --tokenizer DIR \\
         --prelude 2 --core 4 --coda 2 --hidden_size 1024 --num_heads 16 --mean_r 32 --backprop 8 --length 1024
-    python recurrent_depth.py --model huginn --task text --data FILE.txt --steps 0       # the published 3.5 B weights
+    python recurrent_depth.py --model huginn --mean_r 32 --task text --data FILE.txt --steps 0     # the published 3.5 B
 
 Expect
     TODO
@@ -51,7 +51,6 @@ from datetime import timedelta
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from random import Random
 from types import SimpleNamespace
 from typing import Literal, get_args
 
@@ -68,7 +67,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rewards import BadInput, heldout, make_task
+from rewards import BadInput, Windows, heldout, make_task
 
 
 def flag(default, help: str, least: float = 0):
@@ -84,14 +83,14 @@ class Config:
     coda: int = flag(1, "layers after the loop", 1)
     hidden_size: int = flag(64, "width of a model from scratch, a multiple of twice --num_heads", 2)
     num_heads: int = flag(4, "attention heads of a model from scratch", 1)
-    task: str = flag("s3:elements=10", "s3 (label every prefix of a product) or text (next token, needs --data)")
+    task: str = flag("s3:elements=12", "s3 (label every prefix of a product) or text (next token, needs --data)")
     data: str = flag("", "text file to learn; its last tenth is held out")
     tokenizer: str = flag("", "folder with a tokenizer.json for the text, none = one token a character")
     length: int = flag(64, "tokens in a row of text", 2)
     max_new_tokens: int = flag(32, "tokens to generate at most when speculation is measured, within a row", 1)
     batch_size: int = flag(0, "rows per step over all ranks, 0 = by model size")
     micro_batch_tokens: int = flag(0, "tokens per forward pass over all ranks, one draw of r each, 0 = by model size")
-    steps: int = flag(3000, "optimizer steps, 0 = only evaluate")
+    steps: int = flag(2500, "optimizer steps, 0 = only evaluate")
     lr: float = flag(0.0, "learning rate, 0 = by model size")
     warmup_steps: int = flag(100, "steps of linear warm-up")
     decay: float = flag(0.2, "share of the steps, at the end, in which the learning rate falls to 0 (the paper: 0)")
@@ -213,20 +212,19 @@ class Model(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = c = dict(config)
-        self.head_dim = c["n_embd"] // c["num_attention_heads"]
-        parts = ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda")
-        blocks = [nn.ModuleList(Block(c) for _ in range(c[name])) for name in parts]
-        parts = {"wte": nn.Embedding(c["vocab_size"], c["n_embd"]), "prelude": blocks[0], "core_block": blocks[1]}
-        parts |= {"adapter": Linear(2 * c["n_embd"], c["n_embd"], bias=False), "coda": blocks[2]}
-        self.transformer = nn.ModuleDict(parts | {"ln_f": RMSNorm(c["n_embd"], c["norm_eps"])})
-        self.lm_head = Linear(c["n_embd"], c["vocab_size"], bias=False)
+        self.config, size, heads = dict(config), config["n_embd"], config["num_attention_heads"]
+        counts = [config[f"n_layers_in_{part}"] for part in ("prelude", "recurrent_block", "coda")]
+        prelude, core, coda = (nn.ModuleList(Block(config) for _ in range(count)) for count in counts)
+        parts = {"wte": nn.Embedding(config["vocab_size"], size), "prelude": prelude, "core_block": core}
+        parts |= {"adapter": Linear(2 * size, size, bias=False), "coda": coda}
+        self.transformer = nn.ModuleDict(parts | {"ln_f": RMSNorm(size, config["norm_eps"])})
+        self.lm_head = Linear(size, config["vocab_size"], bias=False)
         self.lm_head.weight = self.transformer["wte"].weight
+        self.head_dim = size // heads
         self.compute_dtype = None  # of the products; None: that of the weights
         self.checkpointing = False  # recompute each iteration in the backward pass instead of storing it
-        depth = c["n_layers_in_prelude"] + c["n_layers_in_coda"]
-        depth += c["n_layers_in_recurrent_block"] * c["mean_recurrence"]
-        c |= {"hidden_size": c["n_embd"], "num_hidden_layers": depth, "num_key_value_heads": c["num_attention_heads"]}
+        unrolled = counts[0] + counts[1] * config["mean_recurrence"] + counts[2]  # L, for `initialise` and memory
+        self.config |= {"hidden_size": size, "num_hidden_layers": unrolled, "num_key_value_heads": heads}
 
     def prelude(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, tuple]:
         """e (B, T, h) of eq. 1, and what the other parts need besides their input: rotation and cache."""
@@ -340,16 +338,15 @@ def think(
     """
     e, context = model.prelude(tokens, cache)
     thinking = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-    taken, before, logits = thinking * 0, None, None
+    taken, V = thinking * 0, model.config["vocab_size"]
+    before = torch.full((len(tokens), V), -math.log(V), device=tokens.device)  # log p_0
     for i in range(steps):
         cache.thinking = thinking if exit_kl else None  # a slot keeps the entry of a row that has stopped
-        new = model.core(state, e, context, i)
-        state = torch.where(thinking[:, None, None], new, state) if exit_kl else new
+        state = torch.where(thinking[:, None, None], model.core(state, e, context, i), state)
         taken = taken + thinking
         if exit_kl:
             logits = model.logits(model.coda(state, context))
             now = logits[:, -1].log_softmax(-1)  # (B, V)
-            before = torch.full_like(now, -math.log(now.shape[-1])) if before is None else before
             thinking = thinking & ((before.exp() * (before - now)).sum(-1) >= exit_kl)
             before = now
             if not thinking.any():
@@ -567,25 +564,6 @@ def train(cfg: Config) -> int:
 # -------------------------------------------------------------------------------------- data and model folder
 
 
-class Text:
-    """Windows of a text of token ids; the held-out ones lie side by side in its last tenth."""
-
-    def __init__(self, ids: list[int], length: int):
-        self.ids, self.length, self.border = ids, length, len(ids) * 9 // 10
-        enough = f"--length {length} needs a text of at least {10 * (length + 2)} tokens, --data has {len(ids)}"
-        need(len(ids) >= 10 * (length + 2), enough)
-
-    def problem(self, split: str, seed: int, index: int) -> dict:
-        rng, windows = Random(f"text {split} {seed} {index}"), (len(self.ids) - self.border - 1) // self.length
-        start = rng.randrange(self.border - self.length)
-        if split == "test":
-            start = self.border + self.length * rng.randrange(windows)
-        return {"ids": self.ids[start : start + self.length + 1]}
-
-    def key(self, problem: dict) -> str:
-        return str(problem["ids"])
-
-
 class Prompter:
     """Problems to ids: the inputs of a row and the label of every position that has one; -100 stands for none."""
 
@@ -595,7 +573,7 @@ class Prompter:
         self.tokenizer, size = load_tokenizer(model.folder), model.config["vocab_size"]
         fits = self.tokenizer.get_vocab_size() <= size
         need(fits, f"{model.folder}: its tokenizer has more than the model's {size} ids")
-        self.task = Text(self.encode(text), cfg.length) if cfg.data else make_task(cfg.task)
+        self.task = Windows(self.encode(text), cfg.length) if cfg.data else make_task(cfg.task)
         good = cfg.data or hasattr(self.task, "products")
         need(good, f"--task {cfg.task}: s3 or text is needed here, a label at every position")
 

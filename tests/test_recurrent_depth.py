@@ -376,7 +376,8 @@ def test_state_correlation_and_loss():
 
 # ---------------------------------------------------------------------------------------------------- the script
 
-SMALL = "--steps 2 --batch_size 8 --hidden_size 16 --num_heads 2 --eval_problems 3 --warmup_steps 10 --test_r 4"
+SMALL = "--task s3:elements=10 --steps 2 --batch_size 8 --hidden_size 16 --num_heads 2"
+SMALL += " --eval_problems 3 --warmup_steps 10 --test_r 4"
 NAME = "out/recurrent_depth-s3-0"
 
 
@@ -429,7 +430,7 @@ def test_help(capsys):
 
 
 def test_a_run(script, cwd):
-    done = script()
+    done = script("--eval_samples 1 --task s3:elements=10")
     assert (done.code, done.err) == (0, "")
     folder = cwd / NAME
     files = {"run.json", "metrics.jsonl", "samples.jsonl", "recurrent_depth.py", "step-000002"}
@@ -448,7 +449,7 @@ def test_a_run(script, cwd):
     assert after["eval/iterations/full"] == 4 >= after["eval/iterations/exit"] >= 1
     assert after["eval/cache/full"] == 2 * 16 * (1 + 4 + 1) and after["eval/cache/shared"] == 2 * 16 * (1 + 1 + 1)
     # with all iterations and a full cache, reading token by token is reading at once
-    assert after["eval/loss/full"] == pytest.approx(after["eval/loss@4"], abs=1e-2)
+    assert after["eval/loss/full"] == pytest.approx(after["eval/loss@4"], abs=1e-5)
     for line in lines_of(folder / "samples.jsonl"):
         assert line["prompt"][0] == "^" and len(line["prompt"]) == 11 and len(line["tokens"]) == 10
     assert f"python recurrent_depth.py --resume {NAME} --steps 4" in done.out and "eval/accuracy@64" in done.out
@@ -460,7 +461,8 @@ def test_same_seed_same_metrics(script, cwd):
         assert script(f"--out {name} {flags}").code == 0
     same(cwd / "a", cwd / "b", 2)
     same(cwd / "a", cwd / "d", 2)
-    assert metrics_of(cwd / "a", True) == metrics_of(cwd / "b", True)
+    a, b = ([{n: v for n, v in row.items() if "seconds" not in n} for row in metrics_of(cwd / x, True)] for x in "ab")
+    assert a == b
     assert metrics_of(cwd / "a")[0]["loss"] != metrics_of(cwd / "c")[0]["loss"]
 
 
@@ -522,8 +524,8 @@ def test_ranks_give_the_gradient_of_one(run_ranks, cwd, monkeypatch, world):
     drawn = [rd.draw_steps(4, 4, np.random.default_rng((0, 1, m))) for m in range(2)]
     assert metrics_of(cwd / "b")[0]["recurrences"] == pytest.approx(sum(map(sum, drawn)) / 2)
     names = ("eval/accuracy@8", "eval/iterations/exit", "eval/agreement", "eval/accuracy_se")
-    rows = [metrics_of(cwd / name, True) for name in "ab"]
-    assert [[row[n] for n in names] for row in rows[0]] == pytest.approx([[row[n] for n in names] for row in rows[1]])
+    rows = [[row[n] for row in metrics_of(cwd / name, True) for n in names] for name in "ab"]
+    assert len(rows[0]) == 8 and rows[0] == pytest.approx(rows[1])
 
 
 BAD = {
@@ -535,7 +537,7 @@ BAD = {
     "--task text": "--task text with --data none: text needs a file",
     "--data text.txt": "with --data text.txt: text needs a file, another task takes none",
     "--task text --data none.txt": "--data none.txt cannot be read",
-    "--task text --data text.txt --length 400": "--length 400 needs a text of at least 4020 tokens",
+    "--task text --data text.txt --length 400": "a text of 860 tokens: 400 at a time need at least 4020",
     "--tokenizer there": "text needs a file",
     "--mean_r 0": "--mean_r 0: a number of at least 1",
     "--decay 2": "--decay 2.0 is a share of the steps",
@@ -562,7 +564,7 @@ DAMAGE = {
     "no size": ("n_embd", None, "n_embd None"),
     "shape": ("vocab_size", 9, "transformer.wte.weight has shape (8, 16), not (9, 16)"),
     "missing": ("n_layers_in_coda", 2, "transformer.coda.1.norm_1.weight is missing"),
-    "extra": ("n_layers_in_prelude", 0, "9 tensors do not match config.json (first: transformer.prelude.0.attn.Wqkv.weight is unknown"),
+    "extra": ("n_layers_in_prelude", 0, "9 tensors do not match config.json (first: transformer.prelude.0.attn.Wqkv"),
 }
 
 
@@ -591,7 +593,7 @@ def test_large_defaults_and_memory_plan():
     with torch.device("meta"):
         model = rd.Model(SIZES | sizes | layers | {"mean_recurrence": 32})
     blocks = 8 * (4 * 5280**2 + 3 * 5280 * 17920 + 4 * 5280 + 2 * 5280)  # weights, norms, biases of q and k
-    assert rd.num_parameters(model) == blocks + 65536 * 5280 + 2 * 5280**2 + 5280 == 3564975840
+    assert rd.num_parameters(model) == blocks + 65536 * 5280 + 2 * 5280**2 + 5280 == 3564976800
     assert model.config["num_hidden_layers"] == 132 and model.head_dim == 96
     cfg = rd.parse_config(rd.Config, ["--lr", "0.001"])
     chosen = rd.Run.choose(SimpleNamespace(cfg=cfg), model, rd.BY_SIZE)
@@ -606,7 +608,8 @@ def test_large_defaults_and_memory_plan():
 def test_the_default_run_shows_the_effect(cwd):
     """python recurrent_depth.py, minutes: the figures of its docstring, with room."""
     assert rd.main(rd.train, rd.Config, ["--out", "a"]) == 0
-    row = next(row for row in lines_of(cwd / "a" / "metrics.jsonl") if row["step"] == 3000 and "eval/accuracy" in row)
+    rows = lines_of(cwd / "a" / "metrics.jsonl")
+    row = next(row for row in rows if row["step"] == rd.Config.steps and "eval/accuracy" in row)
     accuracy = {r: row[f"eval/accuracy@{r}"] for r in rd.TEST_R}
     assert accuracy[4] >= accuracy[1] + 0.10 and accuracy[4] >= 0.95 * max(accuracy.values())
     assert accuracy[32] >= accuracy[8] - 0.02 and accuracy[8] > 0.95

@@ -47,6 +47,7 @@ READ = {
         "nsr_psr_wreinforce": "tests/test_nsr.py",
     },
     "sft_data": {"loss_normalisation": "tests/test_sft.py", "lr_schedule": "tests/test_sft.py"},
+    "latent": {"recurrent_depth": "tests/test_recurrent_depth.py"},
 }
 NOT_IMPLEMENTED = {
     "ppo_nsr": {
@@ -63,8 +64,9 @@ NOT_IMPLEMENTED = {
         "packing": "sft.py pads rows sorted by length instead",
         **dict.fromkeys(("acecoder", "dpo", "veripo_toy", "toy_code"), "not planned now"),
     },
+    "latent": dict.fromkeys(("coconut", "prosqa_graphs"), "for coconut.py"),
 }
-NOT_SECTIONS = ("source", "readme", "format", "half", "notes")  # of a file without a "sections" object
+NOT_SECTIONS = ("source", "readme", "format", "half", "notes", "weights_file", "tolerance")  # of a file without a "sections" object
 COUNTS = Counter()  # (file, "compared" or "only run")
 
 
