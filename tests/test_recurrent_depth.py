@@ -537,7 +537,7 @@ BAD = {
     "--task text": "--task text with --data none: text needs a file",
     "--data text.txt": "with --data text.txt: text needs a file, another task takes none",
     "--task text --data none.txt": "--data none.txt cannot be read",
-    "--task text --data text.txt --length 400": "a text of 860 tokens: 400 at a time need at least 4020",
+    "--task text --data text.txt --length 400": "a text of 840 tokens: 400 at a time need at least 4020",
     "--tokenizer there": "text needs a file",
     "--mean_r 0": "--mean_r 0: a number of at least 1",
     "--decay 2": "--decay 2.0 is a share of the steps",
