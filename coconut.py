@@ -45,6 +45,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from difflib import get_close_matches
@@ -403,18 +404,39 @@ def summary(run: "Run", model: "Model", prompter: "ThoughtPrompter") -> None:
 # ---------------------------------------- below: the machine, the same text in every script that has it
 
 
-# >>> shared: model (same text in every script that has it; see tests/test_shared_blocks.py)
-QKV_BIAS = {"llama": False, "qwen2": True, "qwen3": False}  # the model types that this decoder reads
-QWEN = "Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-3B Qwen2.5-7B Qwen3-0.6B-Base Qwen3-1.7B-Base".split()
-SMOL = "SmolLM2-135M-Instruct SmolLM2-360M-Instruct SmolLM2-1.7B-Instruct".split()
-SHORT_NAMES = {name: f"Qwen/{name}" for name in QWEN} | {name: f"HuggingFaceTB/{name}" for name in SMOL}
+# >>> shared: layers (same text in every script that has it; see tests/test_shared_blocks.py)
+class Product(torch.autograd.Function):
+    """x (..., K) times weight (N, K), by oneDNN: in float32 on a CPU F.linear takes MKL, which is slower."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        to_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
+        return to_x, grad.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
 class Linear(nn.Linear):
     """nn.Linear in the dtype of its input: float32 weights for the optimizer, bfloat16 products on a GPU."""
 
+    packed: Tensor | None = None  # the weight in oneDNN's layout, see `packed`
+
+    def by_onednn(self, dtype: torch.dtype) -> bool:
+        large, on_cpu = self.weight.numel() >= 2**16, self.weight.device.type == "cpu"
+        return large and on_cpu and dtype == self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.by_onednn(x.dtype):
+            out = Product.apply(x, self.weight)
+            return out if bias is None else out + bias
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):
@@ -424,6 +446,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+# <<< shared: layers
+
+
+# >>> shared: model (same text in every script that has it; see tests/test_shared_blocks.py)
+QKV_BIAS = {"llama": False, "qwen2": True, "qwen3": False}  # the model types that this decoder reads
+QWEN = "Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-3B Qwen2.5-7B Qwen3-0.6B-Base Qwen3-1.7B-Base".split()
+SMOL = "SmolLM2-135M-Instruct SmolLM2-360M-Instruct SmolLM2-1.7B-Instruct".split()
+SHORT_NAMES = {name: f"Qwen/{name}" for name in QWEN} | {name: f"HuggingFaceTB/{name}" for name in SMOL}
 
 
 class Cache:
@@ -454,10 +486,10 @@ class Cache:
         """Keep these rows, in this order, repeats allowed; fewer rows stay in the memory that is there."""
         for name in ("keys", "values"):
             old = getattr(self, name)
-            kept = old[:, rows, :, : self.width]
             grown = len(rows) > old.shape[1]
             new = old.new_zeros(len(old), len(rows), *old.shape[2:]) if grown else old[:, : len(rows)]
-            new[:, :, :, : self.width] = kept
+            for to, of in zip(new, old, strict=True):  # layer by layer: a second cache is never in memory
+                to[:, :, : self.width] = of[rows, :, : self.width]
             setattr(self, name, new)
         self.lengths = self.lengths[rows]
 
@@ -511,6 +543,8 @@ class Model(nn.Module):
     hidden = model(tokens (B, T) or embeddings (B, T, C)), after the final norm; logits = model.logits(hidden).
     """
 
+    sharing = True  # in training, of prompts that rows have in common: see `trained_hidden`
+
     def __init__(self, config: dict):
         super().__init__()
         self.config = c = {"num_key_value_heads": config["num_attention_heads"], "rms_norm_eps": 1e-6} | config
@@ -556,47 +590,9 @@ class Model(nn.Module):
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Logits (..., V) for sampling and training: at least float32, over T, ids never sampled at -inf."""
         logits = self.lm_head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits if temperature == 1 else logits / temperature
         return logits if self.vocab_bias is None else logits + self.vocab_bias
-
-
-def need(good: object, message: str) -> None:
-    """Unless `good`, complain in one line about what the user gave."""
-    if not good:
-        raise BadInput(message)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("not a JSON object")
-        return found
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read ({error}); a model folder has config.json, *.safetensors") from None
-
-
-def resolve_model(name: str) -> Path:
-    """The folder of a model: "tiny" and others made here, a folder, a short name, or owner/name from the hub."""
-    for folder in (Path(name).expanduser(), Path(__file__).parent / "models" / name):
-        if folder.is_dir():
-            return folder
-    repo, known = SHORT_NAMES.get(name, name), ", ".join(SHORT_NAMES)
-    is_repo = repo.count("/") == 1 and not name.startswith((".", "/", "~"))
-    need(is_repo, f"no such folder: {name} (hub names look like owner/name; short names: {known})")
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except (OSError, ValueError) as error:  # the hub's own errors are among them
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        why = "is not in the local cache and huggingface.co cannot be reached. On a machine with network: "
-        why += f"hf download {repo} --local-dir DIR, then --model DIR"
-        if status in (401, 403, 404):
-            why = f"cannot be had: huggingface.co answers {status}. Check the name, or log in: hf auth login"
-        raise BadInput(f"{repo} {why}") from None
 
 
 def check_config(c: dict, folder: Path) -> None:
@@ -615,23 +611,6 @@ def check_config(c: dict, folder: Path) -> None:
         checks[f"{name} {c.get(name)}"] = isinstance(c.get(name), int)
     for what, good in checks.items():
         need(good, f"{folder}/config.json: {what} is not supported")
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that its index names."""
-    index, tensors = folder / "model.safetensors.index.json", {}
-    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
-    for path in (folder / Path(name).name for name in sorted(names)):  # never outside the folder
-        need(path.is_file(), f"no {path.name} in {folder}; weights are read from safetensors files only")
-        with path.open("rb") as file:
-            lfs = file.read(23) == b"version https://git-lfs"
-        pointer = f'is {path.stat().st_size} bytes and starts with "version https://git-lfs": a Git LFS pointer'
-        need(not lfs, f"{path.name} {pointer}. Run: git lfs pull")
-        try:
-            tensors |= load_file(path)
-        except SafetensorError as error:
-            raise BadInput(f"{path} is damaged ({error}); download or save it again") from None
-    return tensors
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Model:
@@ -685,12 +664,6 @@ def read_special_ids(model: Model) -> None:
         model.vocab_bias[banned] = -torch.inf
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    path = Path(folder) / "tokenizer.json"
-    read_json(path)  # for its message: the library's own is a bare Exception
-    return Tokenizer.from_file(str(path))
-
-
 def save_model(model: Model, folder: str | Path) -> None:
     """A folder that AutoModelForCausalLM opens with the same logits; the tokenizer's files come along."""
     folder = Path(folder)
@@ -712,6 +685,72 @@ def save_model(model: Model, folder: str | Path) -> None:
 # <<< shared: model
 
 
+# >>> shared: files (same text in every script that has it; see tests/test_shared_blocks.py)
+def need(good: object, message: str) -> None:
+    """Unless `good`, complain in one line about what the user gave."""
+    if not good:
+        raise BadInput(message)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+        return found
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); a model folder has config.json, *.safetensors") from None
+
+
+def resolve_model(name: str) -> Path:
+    """The folder of a model: "tiny" and others made here, a folder, a short name, or owner/name from the hub."""
+    for folder in (Path(name).expanduser(), Path(__file__).parent / "models" / name):
+        if folder.is_dir():
+            return folder
+    repo, known = SHORT_NAMES.get(name, name), ", ".join(SHORT_NAMES)
+    is_repo = repo.count("/") == 1 and not name.startswith((".", "/", "~"))
+    need(is_repo, f"no such folder: {name} (hub names look like owner/name; short names: {known})")
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except (OSError, ValueError) as error:  # the hub's own errors are among them
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        why = "is not in the local cache and huggingface.co cannot be reached. On a machine with network: "
+        why += f"hf download {repo} --local-dir DIR, then --model DIR"
+        if status in (401, 403, 404):
+            why = f"cannot be had: huggingface.co answers {status}. Check the name, or log in: hf auth login"
+        raise BadInput(f"{repo} {why}") from None
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that its index names."""
+    index, tensors = folder / "model.safetensors.index.json", {}
+    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
+    for path in (folder / Path(name).name for name in sorted(names)):  # never outside the folder
+        need(path.is_file(), f"no {path.name} in {folder}; weights are read from safetensors files only")
+        with path.open("rb") as file:
+            lfs = file.read(23) == b"version https://git-lfs"
+        pointer = f'is {path.stat().st_size} bytes and starts with "version https://git-lfs": a Git LFS pointer'
+        need(not lfs, f"{path.name} {pointer}. Run: git lfs pull")
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as error:
+            raise BadInput(f"{path} is damaged ({error}); download or save it again") from None
+    return tensors
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    path = Path(folder) / "tokenizer.json"
+    read_json(path)  # for its message: the library's own is a bare Exception
+    return Tokenizer.from_file(str(path))
+
+
+# <<< shared: files
+
+
 # >>> shared: sampler (same text in every script that has it; see tests/test_shared_blocks.py)
 CHECK_EVERY = 8  # decode steps between two looks at the stop flags where a look synchronises with the device
 
@@ -723,13 +762,12 @@ def row_uniforms(seed: int, step: int, prompt: int, sample: int, count: int) -> 
     return np.random.default_rng((seed, step, prompt, sample)).random(count, np.float32)
 
 
-def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+def draw(probs: Tensor, uniforms: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tensor:
     """One token per row, by the inverse CDF: the first whose cumulated probability exceeds the row's number.
 
-    logits (B, V), uniforms (B, 1) in [0, 1); returns (B, 1). A token of probability 0 is never drawn. top_k keeps
+    probs (B, V), uniforms (B, 1) in [0, 1); returns (B, 1). A token of probability 0 is never drawn. top_k keeps
     the likeliest k (0: all), top_p the fewest likeliest that hold p of the mass.
     """
-    probs = logits.softmax(-1)
     if top_p < 1 or top_k:
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)  # (B, V)
         drop = torch.zeros_like(ordered, dtype=torch.bool)
@@ -740,7 +778,23 @@ def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0, top_k: int = 0) -
             drop[:, top_k:] = True
         probs = probs.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), 0.0)
     cdf = probs.cumsum(-1)
-    return torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=probs.shape[-1] - 1)
+
+
+@contextmanager
+def packed(model: Model):
+    """Within it, large float32 layers on a CPU multiply with a copy of their weights in oneDNN's own layout: for few
+    rows two to three times as fast as MKL, which F.linear would take. No gradients; the weights must not change.
+    """
+    linear = [m for m in model.modules() if isinstance(m, Linear) and m.packed is None]
+    large = [m for m in linear if m.by_onednn(model.compute_dtype or m.weight.dtype)]
+    for layer in large:
+        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+    try:
+        yield
+    finally:
+        for layer in large:
+            layer.packed = None
 
 
 class Decoding:
@@ -790,11 +844,12 @@ def emit(s: Decoding, logits: Tensor) -> None:
     """Draw the next token of every row from logits (B, V) and note it: fixed shapes, nothing read back."""
     if s.min_tokens:  # before that, no end token
         logits = logits.index_fill(-1, s.eos, -torch.inf).where(s.step < s.min_tokens, logits)
+    probs = logits.softmax(-1)
     if s.temperature:
-        token = draw(logits, s.uniforms[s.rows, s.step][:, None], s.top_p, s.top_k)  # (B, 1)
+        token = draw(probs, s.uniforms[s.rows, s.step][:, None], s.top_p, s.top_k)  # (B, 1)
     else:
         token = logits.argmax(-1, keepdim=True)
-    logprob = logits.gather(1, token) - logits.logsumexp(-1, keepdim=True)  # (B, 1)
+    logprob = probs.gather(1, token).log()  # (B, 1)
     s.last.copy_(token)
     s.tokens[s.rows, s.step] = token[:, 0]
     s.logprobs[s.rows, s.step] = logprob[:, 0].to(s.logprobs.dtype)
@@ -839,13 +894,6 @@ def cut_at_stop(s: Decoding, tokenizer: Tokenizer, stop: tuple[str, ...]) -> Non
                 break
 
 
-def rows_at_once(model: Model, capacity: int) -> int:
-    """How many rows of `capacity` tokens to sample together: at most 256, with a cache of at most 1 GB (GPU: 20)."""
-    heads, layers = model.config["num_key_value_heads"], model.config["num_hidden_layers"]
-    per_row = 2 * layers * heads * model.head_dim * capacity * (model.compute_dtype or torch.float32).itemsize
-    return max(1, min(256, int((1e9 if model.lm_head.weight.device.type == "cpu" else 20e9) / per_row)))
-
-
 @torch.inference_mode()
 def generate(
     model: Model, prompts: list[list[int]], uniforms: Tensor, temperature: float = 1.0, top_p: float = 1.0,
@@ -860,29 +908,30 @@ def generate(
     (rows, steps), longest = uniforms.shape, max(map(len, prompts))
     device = model.lm_head.weight.device
     on_cpu = device.type == "cpu"
-    cache, hidden = prefill(model, prompts, longest + steps)
-    group = torch.arange(len(prompts), device=device).repeat_interleave(rows // len(prompts))
-    cache.select(group)
-    s = Decoding(model, cache, uniforms, temperature, top_p, top_k, min_tokens)
-    advance = partial(decode_step, model, s)
-    for done in range(steps):
-        if stop and done and done % CHECK_EVERY == 0:
+    with packed(model):
+        cache, hidden = prefill(model, prompts, longest + steps)
+        group = torch.arange(len(prompts), device=device).repeat_interleave(rows // len(prompts))
+        cache.select(group)
+        s = Decoding(model, cache, uniforms, temperature, top_p, top_k, min_tokens)
+        advance = partial(decode_step, model, s)
+        for done in range(steps):
+            if stop and done and done % CHECK_EVERY == 0:
+                cut_at_stop(s, tokenizer, stop)
+            if on_cpu or done % CHECK_EVERY == 0:
+                alive = len(s.rows) - int(s.finished[s.rows].sum())
+                if not alive:
+                    break
+                if on_cpu and alive <= 0.75 * len(s.rows):
+                    s.drop_finished()
+            s.cache.width = longest + done if on_cpu else longest + steps
+            if done == 2:  # one step has run eagerly and warmed up what a capture may not do
+                advance = capture(advance, device)
+            if done:
+                advance()
+            else:
+                emit(s, model.logits(hidden, temperature or 1.0)[group])
+        if stop and steps:
             cut_at_stop(s, tokenizer, stop)
-        if on_cpu or done % CHECK_EVERY == 0:
-            alive = len(s.rows) - int(s.finished[s.rows].sum())
-            if not alive:
-                break
-            if on_cpu and alive <= 0.75 * len(s.rows):
-                s.drop_finished()
-        s.cache.width = longest + done if on_cpu else longest + steps
-        if done == 2:  # one step has run eagerly and warmed up what a capture may not do
-            advance = capture(advance, device)
-        if done:
-            advance()
-        else:
-            emit(s, model.logits(hidden, temperature or 1.0)[group])
-    if stop and steps:
-        cut_at_stop(s, tokenizer, stop)
     s.tokens, s.lengths, s.finished, s.logprobs = (t.cpu() for t in (s.tokens, s.lengths, s.finished, s.logprobs))
     return s
 
@@ -921,25 +970,77 @@ def head_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: flo
     return logprobs, entropy
 
 
+def chosen_logprobs(
+    model: Model, hidden: Tensor, chosen: Tensor, temperature: float = 1.0, chunk: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(N,) log-probabilities of `chosen` and (N,) entropies, from hidden states (N, C).
+
+    At most `chunk` logits (0: `logits_at_once`) are computed at a time, and again in the backward pass, so that
+    (tokens x vocabulary) never lies in memory as a whole.
+    """
+    size = max(1, (chunk or logits_at_once(model)) // model.config["vocab_size"])
+    if len(chosen) <= size:
+        return head_logprobs(model, hidden, chosen, temperature)
+    pieces = zip(hidden.split(size), chosen.split(size), strict=True)
+    parts = [checkpoint(head_logprobs, model, h, c, temperature, use_reentrant=False) for h, c in pieces]
+    logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logprobs, entropy
+
+
+@dataclass
+class SharedPrompts:
+    """Keys and values of prompts, with their gradients, by layer. With `rows`, the prompt of each row, the row's own
+    stand behind those of its prompt.
+    """
+
+    kept: dict[int, tuple[Tensor, Tensor]]
+    rows: Tensor | None = None
+    lengths: int = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rows is None:
+            self.kept[layer] = k, v
+            return k, v
+        keys, values = (kept.index_select(0, self.rows) for kept in self.kept[layer])
+        return torch.cat([keys, k], 2), torch.cat([values, v], 2)
+
+
+def trained_hidden(model: Model, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states (N, C) from which the N tokens of the mask (B, T) are predicted, row after row.
+
+    Where that saves a quarter of the work, what rows have in common before their first trained token runs through the
+    model once, and serves all of them.
+    """
+    where, inputs = mask[:, 1:].bool(), tokens[:, :-1]
+    (B, T), places = inputs.shape, torch.arange(inputs.shape[1], device=tokens.device)
+    first = where.int().argmax(1)[:, None]  # (B, 1) inputs in front of the first from which a token is predicted
+    prompts, rows = inputs.where(places < first, -1).unique(dim=0, return_inverse=True)  # (P, T), (B,)
+    width = int(first.max())
+    if not model.sharing or 4 * (B - len(prompts)) * width < B * T:
+        return model(inputs)[where]
+    kept, place = {}, places[:width]
+    causal = (place <= place[:, None])[None, None]
+    model(prompts[:, :width].clamp(min=0), place[None], SharedPrompts(kept), causal)
+    positions = first + places[: T - int(first.min())]  # (B, S)
+    inside, at = positions < T, positions.clamp(max=T - 1)
+    own = (positions[:, None, :] <= positions[:, :, None])[:, None]  # (B, 1, S, S)
+    seen = (place < first)[:, None, None].expand(-1, -1, own.shape[2], -1)  # (B, 1, S, width)
+    hidden = model(inputs.gather(1, at), positions, SharedPrompts(kept, rows), torch.cat([seen, own], 3))
+    return hidden[where.gather(1, at) & inside]
+
+
 def completion_logprobs(
-    model: Model, tokens: Tensor, mask: Tensor, temperature: float = 1.0, chunk: int = 2**26
+    model: Model, tokens: Tensor, mask: Tensor, temperature: float = 1.0, chunk: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens[:, 1:] and entropies of their distributions, both (B, T-1), 0 where mask is 0.
 
-    Only trained positions go through the head, at most `chunk` logits at a time; they are computed again in the
-    backward pass, so that (tokens x vocabulary) never lies in memory as a whole. mask (B, T) is 1 on trained tokens.
+    mask (B, T) is 1 on trained tokens; only they go through the head.
     """
     where = mask[:, 1:].bool()
-    hidden, chosen = model(tokens[:, :-1])[where], tokens[:, 1:][where]  # (N, C), (N,)
-    size = max(1, chunk // model.config["vocab_size"])
-    if len(chosen) <= size:
-        parts = [head_logprobs(model, hidden, chosen, temperature)]
-    else:
-        pieces = zip(hidden.split(size), chosen.split(size), strict=True)
-        parts = [checkpoint(head_logprobs, model, h, c, temperature, use_reentrant=False) for h, c in pieces]
-    logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
-    empty = torch.zeros(where.shape, dtype=logprobs.dtype, device=tokens.device)
-    return empty.masked_scatter(where, logprobs), empty.masked_scatter(where, entropy)
+    parts = chosen_logprobs(model, trained_hidden(model, tokens, mask), tokens[:, 1:][where], temperature, chunk)
+    empty = torch.zeros(where.shape, dtype=parts[0].dtype, device=tokens.device)
+    logprobs, entropy = (empty.masked_scatter(where, part) for part in parts)
+    return logprobs, entropy
 
 
 # <<< shared: logprobs
@@ -1053,17 +1154,6 @@ def evaluate(run: "Run", model: Model, prompter: Prompter, step: int) -> dict[st
     metrics = {f"eval/{name}": value for name, value in metrics.items()}
     run.log(step, metrics, show=("eval/accuracy", "eval/completion_length"))
     return metrics
-
-
-def mean(values) -> float:
-    """The mean; nan of nothing."""
-    values = list(values)
-    return float(sum(values)) / len(values) if values else math.nan
-
-
-def escaped(text: str) -> str:
-    """Text on one line, control characters written out, so that no sample can steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # <<< shared: rollout
@@ -1329,6 +1419,24 @@ class Run:
         return 0
 
 
+def mean(values) -> float:
+    """The mean; nan of nothing."""
+    values = list(values)
+    return float(sum(values)) / len(values) if values else math.nan
+
+
+def escaped(text: str) -> str:
+    """Text on one line, control characters written out, so that no sample can steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def rows_at_once(model: Model, capacity: int) -> int:
+    """How many rows of `capacity` tokens to sample together: at most 256, with a cache of at most 1 GB (GPU: 20)."""
+    heads, layers = model.config["num_key_value_heads"], model.config["num_hidden_layers"]
+    per_row = 2 * layers * heads * model.head_dim * capacity * (model.compute_dtype or torch.float32).itemsize
+    return max(1, min(256, int((1e9 if model.lm_head.weight.device.type == "cpu" else 20e9) / per_row)))
+
+
 def num_parameters(model: Model) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -1342,6 +1450,11 @@ def write_atomically(path: Path, text: str) -> None:
     path.with_name(path.name + ".tmp").replace(path)
 
 
+def logits_at_once(model: Model) -> int:
+    """How many logits to hold in memory; on a CPU 32 MB of them, which the allocator gives to the next ones."""
+    return 2**23 if model.lm_head.weight.device.type == "cpu" else 2**26
+
+
 def memory_plan(model: Model, rows: int, capacity: int, micro_tokens: int, dtype: torch.dtype) -> dict[str, float]:
     """GB of each large thing in a run: weights and optimizer in float32, the rest in `dtype`, logits in float32."""
     c, weights, size, layers = model.config, num_parameters(model), dtype.itemsize, model.config["num_hidden_layers"]
@@ -1349,7 +1462,8 @@ def memory_plan(model: Model, rows: int, capacity: int, micro_tokens: int, dtype
     kept = layers * c["hidden_size"] + inside if model.checkpointing else layers * inside
     plan = {"weights, gradients, Adam": 16 * weights, "sampling copy": 0 if size == 4 else size * weights}
     plan["KV cache"] = 2 * layers * rows * c["num_key_value_heads"] * capacity * model.head_dim * size
-    plan["activations"], plan["logits"] = micro_tokens * kept * size, 12 * min(2**26, micro_tokens * c["vocab_size"])
+    plan["activations"] = micro_tokens * kept * size
+    plan["logits"] = 12 * min(logits_at_once(model), micro_tokens * c["vocab_size"])
     return {name: round(count / 1e9, 3) for name, count in plan.items()} | {"all": round(sum(plan.values()) / 1e9, 2)}
 
 
@@ -1361,6 +1475,7 @@ def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
             print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
         return code
 
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fresh memory costs a tenth of the page faults
     try:
         cfg = parse_config(config, argv)
         with tempfile.TemporaryDirectory() as temporary:
@@ -1394,8 +1509,8 @@ def parse_config(config: type, argv: list[str] | None = None):
     def complain(message: str) -> None:
         raise BadInput(f"{message}; python {script} --help lists all flags")
 
-    epilog = f"examples:\n  python {script}\n  python {script} --model Qwen2.5-1.5B --task countdown\n"
-    epilog += f"short model names: {', '.join(SHORT_NAMES)}"
+    runs = [line.partition("#")[0].rstrip() for line in __doc__.splitlines() if line.startswith("    python ")]
+    epilog = "\n".join(["examples:", *runs[:2], f"short model names: {', '.join(SHORT_NAMES)}"])
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         script, description=__doc__, epilog=epilog, allow_abbrev=False, formatter_class=layout
@@ -1477,6 +1592,7 @@ class ThoughtPrompter(Prompter):
 
 
 Model.forward = thinking(Model.forward)  # a model whose config.json names a thought's place fills it, here and there
+Model.sharing = False  # `thinking` makes passes of its own
 
 
 if __name__ == "__main__":

@@ -841,6 +841,30 @@ def strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
+class Windows:
+    """Next-token prediction on a text of token ids: random windows of its first nine tenths to train on, and those that
+    lie side by side in the last tenth to test on. `ids` of a problem has one token more than `length`.
+    """
+
+    def __init__(self, ids: Sequence[int], length: int):
+        self.ids, self.length, self.border = ids, length, len(ids) * 9 // 10
+        if len(ids) < 10 * (length + 2):
+            raise BadInput(f"a text of {len(ids)} tokens: {length} at a time need at least {10 * (length + 2)}")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        rng = random.Random(f"text {split} {seed} {index}")
+        start = rng.randrange(self.border - self.length)
+        if split == "test":
+            start = self.border + self.length * rng.randrange((len(self.ids) - self.border - 1) // self.length)
+        return {"ids": list(self.ids[start : start + self.length + 1])}
+
+    def key(self, problem: dict) -> str:
+        return str(problem["ids"])
+
+    def __str__(self) -> str:
+        return f"a text of {len(self.ids)} tokens"
+
+
 TASKS = {"countdown": Countdown, "multiplication": Multiplication, "gsm8k": GSM8K, "math": Math}
 TASKS |= {"affine": AffineChain, "s3": S3, "prosqa": ProsQA, "chains": Chains}
 Task = Countdown | Multiplication | GSM8K | AffineChain | S3 | ProsQA

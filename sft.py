@@ -291,13 +291,7 @@ def train(cfg: Config) -> int:
 # ---------------------------------------- below: the machine, the same text in every script that has it
 
 
-# >>> shared: model (same text in every script that has it; see tests/test_shared_blocks.py)
-QKV_BIAS = {"llama": False, "qwen2": True, "qwen3": False}  # the model types that this decoder reads
-QWEN = "Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-3B Qwen2.5-7B Qwen3-0.6B-Base Qwen3-1.7B-Base".split()
-SMOL = "SmolLM2-135M-Instruct SmolLM2-360M-Instruct SmolLM2-1.7B-Instruct".split()
-SHORT_NAMES = {name: f"Qwen/{name}" for name in QWEN} | {name: f"HuggingFaceTB/{name}" for name in SMOL}
-
-
+# >>> shared: layers (same text in every script that has it; see tests/test_shared_blocks.py)
 class Product(torch.autograd.Function):
     """x (..., K) times weight (N, K), by oneDNN: in float32 on a CPU F.linear takes MKL, which is slower."""
 
@@ -339,6 +333,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+# <<< shared: layers
+
+
+# >>> shared: model (same text in every script that has it; see tests/test_shared_blocks.py)
+QKV_BIAS = {"llama": False, "qwen2": True, "qwen3": False}  # the model types that this decoder reads
+QWEN = "Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-3B Qwen2.5-7B Qwen3-0.6B-Base Qwen3-1.7B-Base".split()
+SMOL = "SmolLM2-135M-Instruct SmolLM2-360M-Instruct SmolLM2-1.7B-Instruct".split()
+SHORT_NAMES = {name: f"Qwen/{name}" for name in QWEN} | {name: f"HuggingFaceTB/{name}" for name in SMOL}
 
 
 class Cache:
@@ -426,6 +430,8 @@ class Model(nn.Module):
     hidden = model(tokens (B, T) or embeddings (B, T, C)), after the final norm; logits = model.logits(hidden).
     """
 
+    sharing = True  # in training, of prompts that rows have in common: see `trained_hidden`
+
     def __init__(self, config: dict):
         super().__init__()
         self.config = c = {"num_key_value_heads": config["num_attention_heads"], "rms_norm_eps": 1e-6} | config
@@ -439,7 +445,6 @@ class Model(nn.Module):
             self.lm_head.weight = embed.weight
         self.compute_dtype = None  # of the products; None: that of the weights
         self.checkpointing = False  # recompute each layer in the backward pass instead of storing it
-        self.sharing = True  # prompts that rows of a training batch have in common, see `trained_hidden`
         self.register_buffer("vocab_bias", None, persistent=False)  # (V,): -inf for ids never sampled, else 0
         self.eos_ids: list[int] = []
         self.is_tiny = False  # has the tokenizer of the tiny models made here
@@ -477,45 +482,6 @@ class Model(nn.Module):
         return logits if self.vocab_bias is None else logits + self.vocab_bias
 
 
-def need(good: object, message: str) -> None:
-    """Unless `good`, complain in one line about what the user gave."""
-    if not good:
-        raise BadInput(message)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("not a JSON object")
-        return found
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read ({error}); a model folder has config.json, *.safetensors") from None
-
-
-def resolve_model(name: str) -> Path:
-    """The folder of a model: "tiny" and others made here, a folder, a short name, or owner/name from the hub."""
-    for folder in (Path(name).expanduser(), Path(__file__).parent / "models" / name):
-        if folder.is_dir():
-            return folder
-    repo, known = SHORT_NAMES.get(name, name), ", ".join(SHORT_NAMES)
-    is_repo = repo.count("/") == 1 and not name.startswith((".", "/", "~"))
-    need(is_repo, f"no such folder: {name} (hub names look like owner/name; short names: {known})")
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except (OSError, ValueError) as error:  # the hub's own errors are among them
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        why = "is not in the local cache and huggingface.co cannot be reached. On a machine with network: "
-        why += f"hf download {repo} --local-dir DIR, then --model DIR"
-        if status in (401, 403, 404):
-            why = f"cannot be had: huggingface.co answers {status}. Check the name, or log in: hf auth login"
-        raise BadInput(f"{repo} {why}") from None
-
-
 def check_config(c: dict, folder: Path) -> None:
     """Refuse, in one line, a config.json that this decoder cannot honour."""
     rope, kind, act = c.get("rope_parameters") or c.get("rope_scaling") or {}, c.get("model_type"), c.get("hidden_act")
@@ -532,23 +498,6 @@ def check_config(c: dict, folder: Path) -> None:
         checks[f"{name} {c.get(name)}"] = isinstance(c.get(name), int)
     for what, good in checks.items():
         need(good, f"{folder}/config.json: {what} is not supported")
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that its index names."""
-    index, tensors = folder / "model.safetensors.index.json", {}
-    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
-    for path in (folder / Path(name).name for name in sorted(names)):  # never outside the folder
-        need(path.is_file(), f"no {path.name} in {folder}; weights are read from safetensors files only")
-        with path.open("rb") as file:
-            lfs = file.read(23) == b"version https://git-lfs"
-        pointer = f'is {path.stat().st_size} bytes and starts with "version https://git-lfs": a Git LFS pointer'
-        need(not lfs, f"{path.name} {pointer}. Run: git lfs pull")
-        try:
-            tensors |= load_file(path)
-        except SafetensorError as error:
-            raise BadInput(f"{path} is damaged ({error}); download or save it again") from None
-    return tensors
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Model:
@@ -602,12 +551,6 @@ def read_special_ids(model: Model) -> None:
         model.vocab_bias[banned] = -torch.inf
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    path = Path(folder) / "tokenizer.json"
-    read_json(path)  # for its message: the library's own is a bare Exception
-    return Tokenizer.from_file(str(path))
-
-
 def save_model(model: Model, folder: str | Path) -> None:
     """A folder that AutoModelForCausalLM opens with the same logits; the tokenizer's files come along."""
     folder = Path(folder)
@@ -627,6 +570,72 @@ def save_model(model: Model, folder: str | Path) -> None:
 
 
 # <<< shared: model
+
+
+# >>> shared: files (same text in every script that has it; see tests/test_shared_blocks.py)
+def need(good: object, message: str) -> None:
+    """Unless `good`, complain in one line about what the user gave."""
+    if not good:
+        raise BadInput(message)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+        return found
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); a model folder has config.json, *.safetensors") from None
+
+
+def resolve_model(name: str) -> Path:
+    """The folder of a model: "tiny" and others made here, a folder, a short name, or owner/name from the hub."""
+    for folder in (Path(name).expanduser(), Path(__file__).parent / "models" / name):
+        if folder.is_dir():
+            return folder
+    repo, known = SHORT_NAMES.get(name, name), ", ".join(SHORT_NAMES)
+    is_repo = repo.count("/") == 1 and not name.startswith((".", "/", "~"))
+    need(is_repo, f"no such folder: {name} (hub names look like owner/name; short names: {known})")
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except (OSError, ValueError) as error:  # the hub's own errors are among them
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        why = "is not in the local cache and huggingface.co cannot be reached. On a machine with network: "
+        why += f"hf download {repo} --local-dir DIR, then --model DIR"
+        if status in (401, 403, 404):
+            why = f"cannot be had: huggingface.co answers {status}. Check the name, or log in: hf auth login"
+        raise BadInput(f"{repo} {why}") from None
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that its index names."""
+    index, tensors = folder / "model.safetensors.index.json", {}
+    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
+    for path in (folder / Path(name).name for name in sorted(names)):  # never outside the folder
+        need(path.is_file(), f"no {path.name} in {folder}; weights are read from safetensors files only")
+        with path.open("rb") as file:
+            lfs = file.read(23) == b"version https://git-lfs"
+        pointer = f'is {path.stat().st_size} bytes and starts with "version https://git-lfs": a Git LFS pointer'
+        need(not lfs, f"{path.name} {pointer}. Run: git lfs pull")
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as error:
+            raise BadInput(f"{path} is damaged ({error}); download or save it again") from None
+    return tensors
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    path = Path(folder) / "tokenizer.json"
+    read_json(path)  # for its message: the library's own is a bare Exception
+    return Tokenizer.from_file(str(path))
+
+
+# <<< shared: files
 
 
 # >>> shared: sampler (same text in every script that has it; see tests/test_shared_blocks.py)
@@ -770,13 +779,6 @@ def cut_at_stop(s: Decoding, tokenizer: Tokenizer, stop: tuple[str, ...]) -> Non
             if any(word in text for word in stop):
                 s.lengths[row], s.finished[row] = end, True
                 break
-
-
-def rows_at_once(model: Model, capacity: int) -> int:
-    """How many rows of `capacity` tokens to sample together: at most 256, with a cache of at most 1 GB (GPU: 20)."""
-    heads, layers = model.config["num_key_value_heads"], model.config["num_hidden_layers"]
-    per_row = 2 * layers * heads * model.head_dim * capacity * (model.compute_dtype or torch.float32).itemsize
-    return max(1, min(256, int((1e9 if model.lm_head.weight.device.type == "cpu" else 20e9) / per_row)))
 
 
 @torch.inference_mode()
@@ -1039,17 +1041,6 @@ def evaluate(run: "Run", model: Model, prompter: Prompter, step: int) -> dict[st
     metrics = {f"eval/{name}": value for name, value in metrics.items()}
     run.log(step, metrics, show=("eval/accuracy", "eval/completion_length"))
     return metrics
-
-
-def mean(values) -> float:
-    """The mean; nan of nothing."""
-    values = list(values)
-    return float(sum(values)) / len(values) if values else math.nan
-
-
-def escaped(text: str) -> str:
-    """Text on one line, control characters written out, so that no sample can steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # <<< shared: rollout
@@ -1315,6 +1306,24 @@ class Run:
         return 0
 
 
+def mean(values) -> float:
+    """The mean; nan of nothing."""
+    values = list(values)
+    return float(sum(values)) / len(values) if values else math.nan
+
+
+def escaped(text: str) -> str:
+    """Text on one line, control characters written out, so that no sample can steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def rows_at_once(model: Model, capacity: int) -> int:
+    """How many rows of `capacity` tokens to sample together: at most 256, with a cache of at most 1 GB (GPU: 20)."""
+    heads, layers = model.config["num_key_value_heads"], model.config["num_hidden_layers"]
+    per_row = 2 * layers * heads * model.head_dim * capacity * (model.compute_dtype or torch.float32).itemsize
+    return max(1, min(256, int((1e9 if model.lm_head.weight.device.type == "cpu" else 20e9) / per_row)))
+
+
 def num_parameters(model: Model) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -1387,8 +1396,8 @@ def parse_config(config: type, argv: list[str] | None = None):
     def complain(message: str) -> None:
         raise BadInput(f"{message}; python {script} --help lists all flags")
 
-    epilog = f"examples:\n  python {script}\n  python {script} --model Qwen2.5-1.5B --task countdown\n"
-    epilog += f"short model names: {', '.join(SHORT_NAMES)}"
+    runs = [line.partition("#")[0].rstrip() for line in __doc__.splitlines() if line.startswith("    python ")]
+    epilog = "\n".join(["examples:", *runs[:2], f"short model names: {', '.join(SHORT_NAMES)}"])
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         script, description=__doc__, epilog=epilog, allow_abbrev=False, formatter_class=layout

@@ -13,11 +13,13 @@ import coconut  # noqa: E402
 import grpo  # noqa: E402
 import nsr  # noqa: E402
 import ppo  # noqa: E402
+import recurrent_depth  # noqa: E402
 import rewards  # noqa: E402
 import sft  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"grpo.py": grpo, "ppo.py": ppo, "nsr.py": nsr, "sft.py": sft, "coconut.py": coconut}
+SCRIPTS["recurrent_depth.py"] = recurrent_depth
 TEXTS = {"README.md": README, "models/README.md": (ROOT / "models" / "README.md").read_text(encoding="utf-8")}
 TEXTS |= {name: module.__doc__ for name, module in SCRIPTS.items()}
 COMMANDS = sorted(
@@ -67,6 +69,7 @@ def test_every_metric_of_a_run_is_explained(tmp_path):
     more = {"grpo.py": "--group_size 2", "ppo.py": "--group_size 2 --mini_batches 1", "sft.py": "--num_layers 1"}
     more["coconut.py"] = "--hidden_size 32"
     more["nsr.py"] = "--group_size 2 --updates 1 --normaliser sample"
+    more["recurrent_depth.py"] = "--hidden_size 16 --num_heads 2"
     written = set()
     for name, module in SCRIPTS.items():
         out = tmp_path / name.removesuffix(".py")
@@ -79,6 +82,8 @@ def test_every_metric_of_a_run_is_explained(tmp_path):
         for name in re.findall(r"`([^`]+)`", row.split("|")[1]):
             explained.add(f"completion_length{name}" if name.startswith("/") else name)
     written = {re.sub(r"pass@\d+", "pass@k", name) for name in written}
+    written = {re.sub(r"@\d+$", "@r", name) for name in written}  # recurrent_depth.py: iterations, ways to read a row
+    written = {re.sub(r"/(full|exit|warm|shared|both)$", "/way", name) for name in written}
     assert written - explained == set()
     optional = {"completion_length/correct", "reflections/correct", "eval/accuracy_not_given_up", "entropy"}
     optional |= {"explained_variance"}

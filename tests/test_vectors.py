@@ -47,7 +47,11 @@ READ = {
         "nsr_psr_wreinforce": "tests/test_nsr.py",
     },
     "sft_data": {"loss_normalisation": "tests/test_sft.py", "lr_schedule": "tests/test_sft.py"},
-    "latent": {"coconut": "tests/test_coconut.py", "prosqa_graphs": "tests/test_rewards.py"},
+    "latent": {
+        "coconut": "tests/test_coconut.py",
+        "prosqa_graphs": "tests/test_rewards.py",
+        "recurrent_depth": "tests/test_recurrent_depth.py",
+    },
 }
 NOT_IMPLEMENTED = {
     "ppo_nsr": {
@@ -64,7 +68,6 @@ NOT_IMPLEMENTED = {
         "packing": "sft.py pads rows sorted by length instead",
         **dict.fromkeys(("acecoder", "dpo", "veripo_toy", "toy_code"), "not planned now"),
     },
-    "latent": {"recurrent_depth": "needs recurrent_depth.py"},
 }
 # of a file without a "sections" object
 NOT_SECTIONS = ("source", "readme", "format", "half", "notes", "weights_file", "tolerance")
