@@ -136,7 +136,7 @@ class Config:
     kl_coef: float = flag(0.0, "beta in eq. 1, 0 = off and no reference model (TinyZero: 0.001)")
     kl_type: Literal["k1", "k2", "k3"] = flag("k1", "estimator of the KL in eq. 1")
     kl_in: Literal["reward", "loss"] = flag("reward", "beta k_t is taken from r_t in eq. 1, or added to l_t in eq. 3")
-    reward: Literal["plain", "cosine", "cosine-A", "cosine-B", "cosine-C"] = flag("plain", "R in eq. 1, see COSINE")
+    reward: Literal["plain", "cosine", "cosine-A", "cosine-B", "cosine-C", "cosine-trl"] = flag("plain", "see COSINE")
     exceed_reward: float = flag(0.0, "R of a plain answer cut off at the limit, 0 = off", -1000)
     repetition_penalty: float = flag(0.0, "P in eq. 1 (2502.03373: 0.05), 0 = off")
     repetition_n: int = flag(0, "n in eq. 1, 0 = by model size")
@@ -155,6 +155,7 @@ BY_SIZE = {  # parameters: below 10 M (made here), below 1 B, above (TinyZero: l
 # r0 and rL of right answers, r0 and rL of wrong ones, exceeding the limit. Source: arXiv:2502.03373, tables 7 to 16
 COSINE = {"cosine": (2, 1, -10, 0, -10), "cosine-A": (0, 10, 0, 0, -10)}
 COSINE |= {"cosine-B": (6, 5, -10, 0, -10), "cosine-C": (10, 9, -10, 0, -10)}
+COSINE |= {"cosine-trl": (1, 0.5, -1, -0.5, -0.5)}  # TRL's; below an accuracy of 1/2 it pays for length, above against
 
 
 # ------------------------------------------------------------------------------------------------- algorithm

@@ -273,13 +273,14 @@ def test_outcome_rewards():
     assert [ppo.outcome_reward(c, config(exceed_reward=-2.0)) for c in (right, wrong, cut)] == [1, 0, -2]
     # half way to the limit every cosine is at the mean of its two ends
     for name, expected in {
-        "cosine": [1.5, -5],
-        "cosine-A": [5, 0],
-        "cosine-B": [5.5, -5],
-        "cosine-C": [9.5, -5],
+        "cosine": [1.5, -5, -10],
+        "cosine-A": [5, 0, -10],
+        "cosine-B": [5.5, -5, -10],
+        "cosine-C": [9.5, -5, -10],
+        "cosine-trl": [0.75, -0.75, -0.5],
     }.items():
         got = [ppo.outcome_reward(c, config(reward=name)) for c in (right, wrong, cut)]
-        assert got == pytest.approx([*expected, -10])
+        assert got == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------------------------------------- the whole update
