@@ -76,6 +76,7 @@ def flag(default, help: str, least: float = 0):
 class Config:
     model: str = flag("tiny-rl", "base model: tiny-rl (made here), a folder, owner/name, or a short name")
     draft: str = flag("", "draft model with the same tokenizer, none = the smallest of the base's family")
+    idle_layers: int = flag(0, "layers added to the base that change its time and not one word: a deeper base")
     task: str = flag("countdown", "countdown, multiplication, gsm8k or math, with knobs: countdown:high=20")
     data: str = flag("", "JSONL file of the problems (gsm8k, math)")
     chat: bool = flag(False, "put prompts into the model's chat template")
@@ -84,10 +85,10 @@ class Config:
     delimiter: str = flag("", "text that ends a step, none = a line (tiny) or an empty line")
     temperature: float = flag(1.0, "of both models (paper: 0.6), 0 = greedy")
     top_p: float = flag(1.0, "nucleus of both models (paper: 0.95)", 0.01)
-    eval_problems: int = flag(500, "held-out problems for the base and --threshold", 1)
-    sweep_problems: int = flag(60, "of these, how many for all other ways too")
+    eval_problems: int = flag(250, "held-out problems for the base and --threshold", 1)
+    sweep_problems: int = flag(40, "of these, how many for all other ways too")
     save_every: int = flag(50, "problems between two looks at the log and records that --resume goes on from", 1)
-    seed: int = flag(0, "seed of the sampling")
+    seed: int = flag(0, "seed of the held-out problems and of the sampling")
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto is cuda where there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "of the products")
     timeout: int = flag(10, "minutes after which a rank that hangs ends the run", 1)
@@ -96,7 +97,7 @@ class Config:
     check: bool = flag(False, "two problems in every way, in a temporary folder, with the memory plan")
     score: Literal["likelihood", "digit"] = flag("likelihood", "u of eq. 3, or the digit of eq. 2")
     method: Literal["average", "greedy"] = flag("average", "reading of the digit in eq. 2")
-    threshold: float = flag(3.0, "a step with fewer points is written again by the base (paper: 7)")
+    threshold: float = flag(1.0, "a step with fewer points is written again by the base (paper, for a digit: 7)")
     thresholds: str = flag("1,3,5,7,9", "thresholds of the sweep")
     first_n: int = flag(0, "steps at the beginning that the base writes unasked")
     gamma: int = flag(4, "drafted tokens per pass of the base in eq. 4", 1)
@@ -123,7 +124,7 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -
     """Probabilities (..., V) that a token is drawn from; both p and q of eq. 4. Temperature 0 is one-hot."""
     if not temperature:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    probs = (logits / temperature).softmax(-1)
+    probs = (logits if temperature == 1 else logits / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         drop = (ordered.cumsum(-1) - ordered >= top_p).scatter(-1, order, ordered.cumsum(-1) - ordered >= top_p)
@@ -174,7 +175,7 @@ class Reader:
     def __init__(self, model: "Model", capacity: int, size: int, cfg: Config, stream: tuple[int, ...]):
         self.model, self.size, self.cfg, self.known = model, size, cfg, 0
         self.cache = Cache(model, 1, capacity)
-        self.uniforms = iter(row_uniforms(*stream, 8 * capacity).tolist())
+        self.uniforms = iter(partial(np.random.default_rng(stream).random, dtype=np.float32), None)  # row_uniforms
 
     def read(self, text: list[int], count: int = 1) -> Tensor:
         """Logits (count, V) behind each of the last `count` tokens; reads in one pass what it does not know yet."""
@@ -314,6 +315,26 @@ def share_vocabulary(base: "Model", draft: "Model") -> int:
     for m in (base, draft):
         m.vocab_bias = F.pad(common, (0, m.config["vocab_size"] - size), value=-torch.inf)
     return size
+
+
+def deepen(model: "Model", count: int) -> None:
+    """Add layers whose outputs are zero: the same function at the cost of a deeper model, to see what that gains."""
+    for _ in range(count):
+        layer = copy.deepcopy(model.model["layers"][0])
+        for out in (layer.self_attn["o_proj"], layer.mlp["down_proj"]):
+            nn.init.zeros_(out.weight)
+        model.model["layers"].append(layer)
+    model.config["num_hidden_layers"] += count
+
+
+def distillation_data(name: str, count: int, seed: int, path: str) -> None:
+    """Write the model's right answers to `count` training problems as lines for sft.py --data; models/README.md."""
+    model = load_model(resolve_model(name))
+    prompter = Prompter(model, make_task("countdown", natural=not model.is_tiny), False)
+    numbered = [(n, prompter.task.problem("train", seed, n)) for n in range(count)]
+    done = [c for c in rollout(model, prompter, numbered, 1, 512, (seed, 0), 1.0) if c.score["correct"] and c.finished]
+    lines = (json.dumps({"prompt": prompter.text(c.problem), "completion": c.text}) + "\n" for c in done)
+    Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 def choose_draft(cfg: Config, base: "Model") -> str:
@@ -528,6 +549,7 @@ def train(cfg: Config) -> int:
     run = Run(cfg)
     cfg.steps = cfg.eval_problems
     _, base = run.load(cfg.model)
+    deepen(base, cfg.idle_layers)
     cfg.draft = choose_draft(cfg, base)
     _, draft = run.load(cfg.draft)
     vocabularies = [load_tokenizer(m.folder).get_vocab() for m in (base, draft)]
@@ -551,7 +573,7 @@ def train(cfg: Config) -> int:
         run.say(f"cost   ms: {ms}; a token of {cfg.draft} costs {ratio:.2f} of one of {cfg.model}")
         if cfg.score == "likelihood":
             contest.calibrate(range(2 if cfg.check else 24))
-        problems = heldout(prompter.task, cfg.eval_problems)
+        problems = heldout(prompter.task, cfg.eval_problems, cfg.seed)  # other seeds, other problems
         while len(records) < len(problems):
             number, mine = len(records) + run.rank, {}
             for way, settings in names.items() if number < len(problems) else ():
@@ -587,8 +609,9 @@ def conclude(run: "Run", m: dict[str, float]) -> int:
         f"specreason: {100 * m['eval/gap/specreason']:+.1f} points, above {100 * low:+.1f} with 95 % (claim: -2); "
         f"speed-up {m['eval/speedup/specreason']:.2f}, eq. 6 says {m['eval/predicted/specreason']:.2f}; "
         f"no gain below an acceptance of {m['eval/break_even']:.2f}\n"
-        f"speculative decoding: alpha {m['eval/alpha/spec_decode']:.3f}, {m['eval/tokens_per_pass/spec_decode']:.2f} tokens per pass, "
-        f"speed-up {m['eval/speedup/spec_decode']:.2f}, eq. 6 says {m['eval/predicted/spec_decode']:.2f}\n"
+        f"speculative decoding: alpha {m['eval/alpha/spec_decode']:.3f}, "
+        f"{m['eval/tokens_per_pass/spec_decode']:.2f} tokens per pass, speed-up {m['eval/speedup/spec_decode']:.2f}, "
+        f"eq. 6 says {m['eval/predicted/spec_decode']:.2f}\n"
         f"log     {run.metrics}, {run.samples}\nreport  python docs/report.py {run.folder}"
     )
     return 0

@@ -222,7 +222,7 @@ def test_real_model_writes_its_own_distribution():
     """z of the surprisal: sum of (-log p(x_t) - H_t) over its standard deviation is N(0, 1) under exactness."""
     c = contest("--max_new_tokens 200")
     total = variance = count = 0.0
-    for n in range(16):
+    for n in range(28):
         c.solve_one(n, c.prompter.task.problem("train", 9, n), "spec_decode", {"gamma": 4})
         a = c.answer
         logits = sr.Reader(c.models[0], 400, c.size, c.cfg, (0, 0, 0, 0)).read(a.prompt + a.tokens, len(a.tokens) + 1)
@@ -233,7 +233,7 @@ def test_real_model_writes_its_own_distribution():
         chosen = logprobs.gather(-1, torch.tensor(a.tokens)[:, None])[:, 0]
         total, variance = total - float((chosen + entropy).sum()), variance + float(spread.sum())
         count += len(a.tokens)
-    assert count >= 1500 and abs(total) / math.sqrt(variance) < 4
+    assert count >= 2000 and abs(total) / math.sqrt(variance) < 4
 
 
 def test_greedy_tokens_are_equal():
@@ -304,6 +304,15 @@ def test_reader_reads_only_what_is_new():
     torch.testing.assert_close(whole, again)
 
 
+def test_idle_layers_change_nothing_but_the_time():
+    c, tokens = contest(), torch.arange(50, 80)[None]
+    before = c.models[0](tokens)
+    with torch.inference_mode(False):
+        sr.deepen(c.models[0], 3)
+    assert torch.equal(before, c.models[0](tokens)) and len(c.models[0].model["layers"]) == 9
+    assert sr.Cache(c.models[0], 1, 4).keys.shape[0] == 9
+
+
 def test_digits_and_likelihood():
     logprobs = torch.tensor([0.05] * 2 + [0.3, 0.6]).log()
     assert sr.read_digit(logprobs, [9, 9, 2, 9, 9, 9, 9, 9, 3, 9], "greedy") == 8.0
@@ -329,6 +338,12 @@ def test_oracle_grades():
     assert grade("7+5*1=7+5=12>2\n") == 9 and grade("7+5*1=7+5=13>2\n") == 0 and grade("7+5*1=7+5=12<2\n") == 0
     assert grade("wait7+5*1=7+5=12>2\n", "7+5*1=7+5=12>2\n") == 5 and grade("7+7*1=7+7=14>2\n") == 0
     assert grade("</think><answer>7-5*1</answer>") == 9 and grade("</think><answer>7+5*1</answer>") == 0
+
+
+def test_distillation_data(tmp_path):
+    sr.distillation_data("tiny-rl", 4, 7, str(tmp_path / "draft.jsonl"))
+    rows = lines_of(tmp_path / "draft.jsonl")
+    assert 0 < len(rows) <= 4 and all(r["prompt"].endswith("<think>") and "</answer>" in r["completion"] for r in rows)
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs
