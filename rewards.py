@@ -437,6 +437,22 @@ class Countdown:
         lines[1:] = [("wait" if rng.random() < 0.25 else "") + line for line in lines[1:]]
         return "".join(lines) + f"</think><answer>{tries[-1][2].partition('=')[0]}</answer>"
 
+    def grade_step(self, problem: dict, before: str, step: str) -> int:
+        """0 to 9 for the next line of a search, by a solver that knows the answer: 9 right, 5 right but tried before, 0
+        not a try of these numbers, wrongly worked out or compared, or a wrong answer. before: the lines above it.
+
+        >>> problem = {"numbers": [2, 3], "target": 6}
+        >>> [Countdown().grade_step(problem, "3-2=1<6\\n", step) for step in ("2+3=5<6\\n", "3-2=1<6\\n", "2*3=5<6\\n")]
+        [9, 5, 0]
+        """
+        if "</think>" in step:
+            return 9 * self.score(before + step, problem)["correct"]
+        attempts = countdown_attempts(tuple(sorted(problem["numbers"])), self.operators, 99)
+        target, line = problem["target"], step.removeprefix("wait")
+        right = any(line == f"{text}{'>=<'[(v <= target) + (v < target)]}{target}\n" for v, _, text in attempts)
+        known = [old.removeprefix("wait") for old in before.split("\n")]
+        return right * (5 if line.removesuffix("\n") in known else 9)
+
     def describe(self, text: str, problem: dict) -> dict:
         """What the completion did: tries, different ones, and whether it stopped on a marked miss."""
         thought, closed, _ = text.partition("</think>")

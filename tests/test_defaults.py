@@ -112,6 +112,21 @@ def test_plan_fits_one_card(script):
     assert plan["logits"] == pytest.approx(12 * 2**26 / GB, abs=0.001)
 
 
+def test_specreason_on_qwen():
+    """Its draft and budgets, and ids that only one of two models has: masked in both."""
+    sr, base, draft = module("specreason"), model_of("specreason"), model_of("specreason", vocab_size=152064)
+    cfg, chosen = choose("specreason", base, ["--model", "Qwen2.5-1.5B", "--task", "countdown"])
+    assert chosen == {"max_new_tokens": 2048, "max_step_tokens": 512}
+    assert sr.choose_draft(cfg, base) == "Qwen2.5-0.5B"
+    bias = torch.zeros(151936)
+    bias[151665:] = -torch.inf  # beyond the tokenizer
+    base.vocab_bias, base.lm_head, draft.lm_head = bias, torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    assert sr.share_vocabulary(base, draft) == 151936
+    for model, size in ((base, 151936), (draft, 152064)):
+        assert len(model.vocab_bias) == size and model.vocab_bias.isinf().nonzero()[0, 0] == 151665
+        assert model.vocab_bias.isinf().sum() == size - 151665
+
+
 def test_plan_of_the_parts_that_were_measured():
     """Without checkpointing every layer keeps its inside; in float32 there is no second copy to sample from."""
     grpo, model = module("grpo"), model_of("grpo")

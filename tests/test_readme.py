@@ -16,10 +16,11 @@ import ppo  # noqa: E402
 import recurrent_depth  # noqa: E402
 import rewards  # noqa: E402
 import sft  # noqa: E402
+import specreason  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"grpo.py": grpo, "ppo.py": ppo, "nsr.py": nsr, "sft.py": sft, "coconut.py": coconut}
-SCRIPTS["recurrent_depth.py"] = recurrent_depth
+SCRIPTS |= {"recurrent_depth.py": recurrent_depth, "specreason.py": specreason}
 TEXTS = {"README.md": README, "models/README.md": (ROOT / "models" / "README.md").read_text(encoding="utf-8")}
 TEXTS |= {name: module.__doc__ for name, module in SCRIPTS.items()}
 COMMANDS = sorted(
@@ -70,10 +71,11 @@ def test_every_metric_of_a_run_is_explained(tmp_path):
     more["coconut.py"] = "--hidden_size 32"
     more["nsr.py"] = "--group_size 2 --updates 1 --normaliser sample"
     more["recurrent_depth.py"] = "--hidden_size 16 --num_heads 2"
+    more["specreason.py"] = "--eval_problems 2 --sweep_problems 1 --max_new_tokens 16"  # trains nothing
     written = set()
     for name, module in SCRIPTS.items():
-        out = tmp_path / name.removesuffix(".py")
-        assert module.main(module.train, module.Config, [*small, *more[name].split(), "--out", str(out)]) == 0
+        out, few = tmp_path / name.removesuffix(".py"), [] if name == "specreason.py" else small
+        assert module.main(module.train, module.Config, [*few, *more[name].split(), "--out", str(out)]) == 0
         for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             written |= set(grpo.json.loads(line))
     table = README[README.index("| metric | meaning |") :].partition("\n\n")[0]
@@ -84,6 +86,8 @@ def test_every_metric_of_a_run_is_explained(tmp_path):
     written = {re.sub(r"pass@\d+", "pass@k", name) for name in written}
     written = {re.sub(r"@\d+$", "@r", name) for name in written}  # recurrent_depth.py: iterations, ways to read a row
     written = {re.sub(r"/(full|exit|warm|shared|both)$", "/way", name) for name in written}
+    ways = r"/(base|draft|specreason|spec_decode|both|coin|oracle|threshold [\d.]+)$"
+    written = {re.sub(ways, "/model", name) for name in written}  # specreason.py: who writes
     assert written - explained == set()
     optional = {"completion_length/correct", "reflections/correct", "eval/accuracy_not_given_up", "entropy"}
     optional |= {"explained_variance"}

@@ -52,6 +52,7 @@ READ = {
         "prosqa_graphs": "tests/test_rewards.py",
         "recurrent_depth": "tests/test_recurrent_depth.py",
     },
+    "test_time": {"specreason": "tests/test_specreason.py", "speculative_decoding": "tests/test_specreason.py"},
 }
 NOT_IMPLEMENTED = {
     "ppo_nsr": {
@@ -68,9 +69,16 @@ NOT_IMPLEMENTED = {
         "packing": "sft.py pads rows sorted by length instead",
         **dict.fromkeys(("acecoder", "dpo", "veripo_toy", "toy_code"), "not planned now"),
     },
+    "test_time": {
+        "kinetics": "not planned now",
+        **dict.fromkeys(
+            ("budget_forcing", "budget_forcing_readme", "rejection_sampling", "metrics", "voting"),
+            "for budget_forcing.py",
+        ),
+    },
 }
 # of a file without a "sections" object
-NOT_SECTIONS = ("source", "readme", "format", "half", "notes", "weights_file", "tolerance")
+NOT_SECTIONS = ("source", "readme", "format", "half", "notes", "weights_file", "tolerance", "title", "conventions")
 COUNTS = Counter()  # (file, "compared" or "only run")
 
 
