@@ -79,15 +79,15 @@ def flag(default, help: str, least: float = 0):
 @dataclass
 class Config:
     model: str = flag("scratch", "scratch (a new tiny model), tiny, a folder, owner/name, or a short name")
-    num_layers: int = flag(2, "layers of a model from scratch", 1)
-    hidden_size: int = flag(64, "width of a model from scratch, a multiple of 16", 16)
+    num_layers: int = flag(1, "layers of a model from scratch", 1)
+    hidden_size: int = flag(128, "width of a model from scratch, a multiple of 16", 16)
     task: str = flag("affine", "task with steps, with knobs: affine:length=4, s3, prosqa")
     data: str = flag("", "problems with steps: ProsQA or ProntoQA JSON, GSM8K-Aug lines, or JSONL")
     max_new_tokens: int = flag(0, "longest completion in evaluations, 0 = by model size")
     temperature: float = flag(1.0, "sampling temperature in evaluations, 0 = greedy")
     batch_size: int = flag(0, "sequences per step over all ranks, 0 = by model size")
     micro_batch_tokens: int = flag(0, "padded tokens per forward pass, 0 = by model size")
-    steps: int = flag(4000, "optimizer steps, 0 = only evaluate")
+    steps: int = flag(5000, "optimizer steps, 0 = only evaluate")
     lr: float = flag(0.0, "learning rate, constant, 0 = by model size")
     weight_decay: float = flag(0.01, "AdamW weight decay")
     eval_problems: int = flag(200, "held-out problems per evaluation, 0 = no evaluation")
