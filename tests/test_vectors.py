@@ -52,6 +52,13 @@ READ = {
         "prosqa_graphs": "tests/test_rewards.py",
         "recurrent_depth": "tests/test_recurrent_depth.py",
     },
+    "test_time": {
+        "budget_forcing": "tests/test_budget_forcing.py",
+        "budget_forcing_readme": "tests/test_budget_forcing.py",
+        "rejection_sampling": "tests/test_budget_forcing.py",
+        "metrics": "tests/test_budget_forcing.py",
+        "voting": "tests/test_budget_forcing.py",
+    },
 }
 NOT_IMPLEMENTED = {
     "ppo_nsr": {
@@ -68,9 +75,13 @@ NOT_IMPLEMENTED = {
         "packing": "sft.py pads rows sorted by length instead",
         **dict.fromkeys(("acecoder", "dpo", "veripo_toy", "toy_code"), "not planned now"),
     },
+    "test_time": {
+        **dict.fromkeys(("specreason", "speculative_decoding"), "for specreason.py"),
+        "kinetics": "not planned now",
+    },
 }
 # of a file without a "sections" object
-NOT_SECTIONS = ("source", "readme", "format", "half", "notes", "weights_file", "tolerance")
+NOT_SECTIONS = ("source", "readme", "format", "half", "notes", "weights_file", "tolerance", "title", "conventions")
 COUNTS = Counter()  # (file, "compared" or "only run")
 
 
