@@ -290,10 +290,8 @@ def pass_at_k(runs: list[Run]) -> str:
 
 
 SIDE = re.compile(r"[a-z_]+/(?P<of>[^/]+/(?P<side>cap|reject|prompt|wait|none|word|vote|best|any))(_se)?")
-APART = {
-    "budgets below": ("cap", "reject", "prompt"),
-    "extended, or k samples": ("wait", "none", "word", "vote", "best", "any"),
-}
+APART = {"budgets below": ("cap", "reject", "prompt")}  # the picture in which a side is drawn
+APART["extended, or k samples"] = ("wait", "none", "word", "vote", "best", "any")
 
 
 def thinking_tokens(runs: list[Run]) -> str:

@@ -315,6 +315,12 @@ def test_run_and_resume(small, cwd, capfd, monkeypatch):
     sides = [re.search(r"accuracy/small/(\w+)", " ".join(row))[1] for row in rows]
     assert sides == ["cap"] * 3 + ["vote", "best", "any"] + ["wait"] * 2 + ["none", "word", "reject"]
     assert rows[0]["thinking_tokens/small/cap"] <= 4
+    sys.path.insert(0, str(bf.Path(bf.__file__).parent / "docs"))
+    import report
+
+    report.main(["a"])
+    page = (cwd / "a" / "report.html").read_text(encoding="utf-8")
+    assert page.count('class="panels one"') == 2 and "budgets below" in page and "extended, or k samples" in page
 
     log = bf.Run.log
 

@@ -22,12 +22,8 @@ CHOSEN = {
     "grpo": {"lr": 1e-6, "batch_size": 512, "max_new_tokens": 1024, "micro_batch_tokens": 16384},
     "nsr": {"lr": 1e-6, "batch_size": 512, "max_new_tokens": 1024, "micro_batch_tokens": 16384},
     "ppo": {
-        "lr": 1e-6,
-        "critic_lr": 1e-5,
-        "batch_size": 512,
-        "max_new_tokens": 1024,
-        "micro_batch_tokens": 16384,
-        "repetition_n": 40,
+        "lr": 1e-6, "critic_lr": 1e-5, "batch_size": 512, "max_new_tokens": 1024,
+        "micro_batch_tokens": 16384, "repetition_n": 40,
     },
     "coconut": {"lr": 2e-5, "batch_size": 128, "max_new_tokens": 128, "micro_batch_tokens": 4096},
     "sft": {"lr": 2e-5, "batch_size": 64, "max_new_tokens": 1024, "micro_batch_tokens": 16384},
@@ -142,7 +138,6 @@ def test_budget_forcing():
     cfg, chosen = choose("budget_forcing", model, ["--model", "Qwen2.5-1.5B", "--task", "countdown"])
     assert chosen == {"caps": "256,512,1024,2048,4096", "max_new_tokens": 4608}
     assert bf.numbers(cfg.caps, "caps")[-1] + 512 == cfg.max_new_tokens
-    assert bf.rows_at_once(model, 256 + cfg.max_new_tokens) >= 64 and plan_of("budget_forcing", cfg, model)["all"] < 80
-    for columns in bf.BY_SIZE.values():
-        assert len(columns) == 3
+    assert bf.rows_at_once(model, 256 + cfg.max_new_tokens) >= 64
+    assert plan_of("budget_forcing", cfg, model)["all"] < 80
     assert all(bf.numbers(caps, "caps")[-1] < most for caps, most in zip(*bf.BY_SIZE.values(), strict=True))
