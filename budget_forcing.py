@@ -534,17 +534,16 @@ def solve(cfg: Config) -> int:
     cfg.steps = len(plan)
     run.open(model, prompter, chosen, f"{cfg.eval_problems} problems, {len(plan)} settings of {len(names)} model(s)")
     saved, problems, table = saved_records(run, plan) if cfg.resume else [], [], {name: [] for name in names}
-    loaded = names[0]
+    loaded, natural = names[0], []
 
     for step, (name, side, value, options) in enumerate(plan, 1):
         if name != loaded and step > len(saved):
             (model, sampler), loaded = run.load(name), name
             need(model.is_tiny == first.is_tiny, f"--model {cfg.model}: models with one kind of prompt are needed")
             prompter = make_prompter(cfg, model)
-        if step == 1 or side == "cap" and value == caps[0]:
-            natural = []
-        samples = cfg.eval_samples if side == "cap" and value == caps[-1] else 1
-        began, done = time.time(), []
+        whole = side == "cap" and value == caps[-1]  # what all that follows is compared with
+        samples, began, done = cfg.eval_samples if whole else 1, time.time(), []
+        natural = natural if side != "cap" else []
         if step <= len(saved):
             records = saved[step - 1]
         elif not options:
@@ -557,13 +556,12 @@ def solve(cfg: Config) -> int:
             texts = prompter.encode, prompter.decode, model.eos_ids
             rules = Rules(*texts, **(limits | strings | options), answer_stop=prompter.stop)
             records, done = complete(run, sampler, asked, rules, problems, samples)
-        if samples > 1 or side == "cap" and value == caps[-1]:
-            natural = records
         shown = records[::samples]
         if side == "cap":  # the limit held, in every row
             assert all(r["thinking"] <= value for r in shown), max(r["thinking"] for r in shown)
-        found = outcome(shown, natural[:: cfg.eval_samples] if value != caps[-1] or side != "cap" else [])
+        found = outcome(shown, natural[:: cfg.eval_samples])
         table[name].append((side, value, found))
+        natural = records if whole else natural
         if step > len(saved):
             tag = f"{Path(name).name}/{side}"
             metrics = {f"{key.removesuffix('_se')}/{tag}" + "_se" * key.endswith("_se"): v for key, v in found.items()}

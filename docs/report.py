@@ -307,8 +307,8 @@ def thinking_tokens(runs: list[Run]) -> str:
                 if name[-3:] == "_se" or side not in sides or not points:
                     continue
                 errors, css = dict(run.series.get(name + "_se", ())), f"c{len(lines) % 8} d{len(lines) // 8 % 3}"
-                lines.append((css, [(x, y) for x, (y, _) in sorted(points.items())],
-                              {x: errors[step] for x, (_, step) in points.items() if step in errors}))  # fmt: skip
+                bars = {x: errors[step] for x, (_, step) in points.items() if step in errors}
+                lines.append((css, [(x, y) for x, (y, _) in sorted(points.items())], bars))
                 legend.append(chip(run, of if len(runs) == 1 else f"{of} ({run.name})", css))
         if lines:
             xs = [x for _, points, _ in lines for x, _ in points]
