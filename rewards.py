@@ -1058,6 +1058,31 @@ def evaluate(postfix: list[str], operations: dict[str, Callable], atom: Callable
     return stack.pop()
 
 
+def canonical_expression(text: str) -> str | None:
+    """A key that expressions share which differ only in the order and grouping of sums and products; None for what
+    `parse_expression` refuses. On countdown a vote over spellings would mean nothing: each answer has many.
+
+    >>> canonical_expression("7-(5-2)*1") == canonical_expression("7 + 1*(2-5)"), canonical_expression("7+")
+    (False, None)
+    >>> canonical_expression("(7+2)-5") == canonical_expression("7-(5-2)")
+    True
+    """
+
+    def parts(kind: str, node: tuple, sign: int) -> list[tuple]:
+        return [(sign * s, n) for s, n in node[1]] if node[0] == kind else [(sign, node)]
+
+    def joined(kind: str, sign: int) -> Callable[[tuple, tuple], tuple]:
+        return lambda a, b: (kind, sorted(parts(kind, a, 1) + parts(kind, b, sign), key=repr))
+
+    operations = {"+": joined("+", 1), "-": joined("+", -1), "*": joined("*", 1), "/": joined("*", -1)}
+    operations |= {"pos": lambda a: a, "neg": lambda a: ("+", sorted(parts("+", a, -1), key=repr))}
+    try:
+        parse_expression(text)
+    except ValueError:
+        return None
+    return repr(evaluate(to_postfix(re.findall(r"[0-9]+|[-+*/()]", text)), operations, lambda n: ("n", n)))
+
+
 def small_power(base: Fraction, exponent: Fraction) -> Fraction:
     """base ** exponent for an integer exponent, refused before it is computed if the result were large."""
     bits = base.numerator.bit_length() + base.denominator.bit_length()

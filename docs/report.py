@@ -4,7 +4,8 @@
     python docs/report.py out/grpo-* out/nsr-* --out compare.html   runs overlaid, differing settings first
 
 The page shows each evaluation metric before and after; pass@k of the base and of each run where k takes several
-values, as a table and over log2 k, several runs by script and mode; one small panel per logged metric; the settings;
+values, as a table and over log2 k, several runs by script and mode; accuracy over thinking tokens, the cap side and the
+extend side apart, where a run has them; one small panel per logged metric; the settings;
 sampled completions token by token, from the first, the middle and the last logged step. No script, no network, light
 and dark, under 1 MB: long curves are thinned (each bucket keeps its lowest and highest point), long completions lose
 their middle, and the page says what is left out. Of each folder, run.json, metrics.jsonl and samples.jsonl are read
@@ -204,6 +205,7 @@ def curves(runs: list[Run]) -> str:
     """Evaluation panels, then training panels, over one common axis of steps."""
     names = list(dict.fromkeys(name for run in runs for name in run.series))
     names = [n for n in names if n[-3:] != "_se" or n[:-3] not in names]  # those are bars on their metric
+    names = [n for n in names if not SIDE.fullmatch(n)]  # their steps are settings: see thinking_tokens
     names.sort(key=lambda name: name.startswith(("seconds", "tokens")))  # else in the order of the log
     steps = [x for run in runs for points in run.series.values() for x, _ in (points[0], points[-1])] or [0]
     axis = (min(steps), max(steps)), (f"step {num(min(steps))}", num(max(steps)))
@@ -285,6 +287,35 @@ def pass_at_k(runs: list[Run]) -> str:
     chart = panel("pass@k over log2 k (dashed: base)", lines, axis, ("", ""), True, ticks=ticks)
     head = ["run", "evaluated at", *(f"k = {k}" for k in ks)]
     return table(head, rows) + f'<div class="panels one">{chart}</div>'
+
+
+SIDE = re.compile(r"[a-z_]+/(?P<of>[^/]+/(?P<side>cap|reject|prompt|wait|none|word|vote|best|any))(_se)?")
+APART = {"budgets below": ("cap", "reject", "prompt")}  # the picture in which a side is drawn
+APART["extended, or k samples"] = ("wait", "none", "word", "vote", "best", "any")
+
+
+def thinking_tokens(runs: list[Run]) -> str:
+    """budget_forcing.py: accuracy over log2 of the thinking tokens, a line per model and side; "" without such runs."""
+    found = ""
+    for title, sides in APART.items():
+        lines, legend = [], []
+        for run in runs:
+            for name in (n for n in run.series if n.startswith("accuracy/") and SIDE.fullmatch(n)):
+                of, side = SIDE.fullmatch(name).group("of", "side")
+                tokens = dict(run.series.get(f"thinking_tokens/{of}", ()))
+                points = {math.log2(tokens[x]): (y, x) for x, y in run.series[name] if tokens.get(x, 0) > 0}
+                if name[-3:] == "_se" or side not in sides or not points:
+                    continue
+                errors, css = dict(run.series.get(name + "_se", ())), f"c{len(lines) % 8} d{len(lines) // 8 % 3}"
+                bars = {x: errors[step] for x, (_, step) in points.items() if step in errors}
+                lines.append((css, [(x, y) for x, (y, _) in sorted(points.items())], bars))
+                legend.append(chip(run, of if len(runs) == 1 else f"{of} ({run.name})", css))
+        if lines:
+            xs = [x for _, points, _ in lines for x, _ in points]
+            ends = min(xs), max(xs)
+            chart = panel(title, lines, ends, tuple(f"{2**x:.0f} tokens" for x in ends), True)
+            found += f'<p>{"".join(legend)}</p><div class="panels one">{chart}</div>'
+    return found
 
 
 def settings(runs: list[Run]) -> str:
@@ -434,14 +465,13 @@ def page(runs: list[Run]) -> str:
     """The whole HTML text."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     notes = "<br>".join(f"{esc(run.name, 60)}: {esc(note)}" for run in runs for note in run.notes)
-    hint = (
-        "Beside a name: the last value. Thick: mean over a tenth of the run; thin: each step, or the lowest "
-    )
+    hint = "Beside a name: the last value. Thick: mean over a tenth of the run; thin: each step, or the lowest "
     hint += "and the highest of a few where a run is long. Bars: one standard error."
     body = f'<h1>{esc(title)}</h1><div class="legend">{"".join(map(chip, runs))}</div><p>{notes}</p>'
     for heading, text in (
         ("Before and after", before_after(runs)),
         ("pass@k", pass_at_k(runs)),
+        ("Accuracy over thinking tokens", thinking_tokens(runs)),
         ("Curves", f"<p>{hint}</p>{curves(runs)}"),
         ("Settings", settings(runs)),
         ("Completions, token by token", f"<p>Colour: probability when sampled.</p><pre>{LEGEND}</pre>"),

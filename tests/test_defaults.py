@@ -145,3 +145,14 @@ def test_rows_at_once():
     assert [grpo.rows_at_once(model, n) for n in (100, 2000, 4000, 10**6)] == [256, 256, 174, 1]
     model.lm_head = torch.nn.Linear(1, 1)  # stands on the CPU
     assert [grpo.rows_at_once(model, n) for n in (100, 2000, 4000, 10**6)] == [256, 17, 8, 1]
+
+
+def test_budget_forcing():
+    """Evaluates only: budgets up to the context that such models think in, an answer behind the largest, one card."""
+    bf, model = module("budget_forcing"), model_of("budget_forcing")
+    cfg, chosen = choose("budget_forcing", model, ["--model", "Qwen2.5-1.5B", "--task", "countdown"])
+    assert chosen == {"caps": "256,512,1024,2048,4096", "max_new_tokens": 4608}
+    assert bf.numbers(cfg.caps, "caps")[-1] + 512 == cfg.max_new_tokens
+    assert bf.rows_at_once(model, 256 + cfg.max_new_tokens) >= 64
+    assert plan_of("budget_forcing", cfg, model)["all"] < 80
+    assert all(bf.numbers(caps, "caps")[-1] < most for caps, most in zip(*bf.BY_SIZE.values(), strict=True))

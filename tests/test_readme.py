@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import budget_forcing  # noqa: E402
 import coconut  # noqa: E402
 import grpo  # noqa: E402
 import nsr  # noqa: E402
@@ -20,7 +21,7 @@ import specreason  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"grpo.py": grpo, "ppo.py": ppo, "nsr.py": nsr, "sft.py": sft, "coconut.py": coconut}
-SCRIPTS |= {"recurrent_depth.py": recurrent_depth, "specreason.py": specreason}
+SCRIPTS |= {"recurrent_depth.py": recurrent_depth, "budget_forcing.py": budget_forcing, "specreason.py": specreason}
 TEXTS = {"README.md": README, "models/README.md": (ROOT / "models" / "README.md").read_text(encoding="utf-8")}
 TEXTS |= {name: module.__doc__ for name, module in SCRIPTS.items()}
 COMMANDS = sorted(
@@ -71,11 +72,13 @@ def test_every_metric_of_a_run_is_explained(tmp_path):
     more["coconut.py"] = "--hidden_size 32"
     more["nsr.py"] = "--group_size 2 --updates 1 --normaliser sample"
     more["recurrent_depth.py"] = "--hidden_size 16 --num_heads 2"
-    more["specreason.py"] = "--eval_problems 2 --sweep_problems 1 --max_new_tokens 16"  # trains nothing
+    more["budget_forcing.py"] = "--model tiny --caps 4,8,12 --max_new_tokens 20 --waits 1 --eval_problems 2"
+    more["specreason.py"] = "--eval_problems 2 --sweep_problems 1 --max_new_tokens 16"
     written = set()
     for name, module in SCRIPTS.items():
-        out, few = tmp_path / name.removesuffix(".py"), [] if name == "specreason.py" else small
-        assert module.main(module.train, module.Config, [*few, *more[name].split(), "--out", str(out)]) == 0
+        out, trains = tmp_path / name.removesuffix(".py"), name not in ("budget_forcing.py", "specreason.py")
+        flags = [*small * trains, *more[name].split(), "--out", str(out)]
+        assert module.main(getattr(module, "train", None) or module.solve, module.Config, flags) == 0
         for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             written |= set(grpo.json.loads(line))
     table = README[README.index("| metric | meaning |") :].partition("\n\n")[0]
@@ -86,9 +89,10 @@ def test_every_metric_of_a_run_is_explained(tmp_path):
     written = {re.sub(r"pass@\d+", "pass@k", name) for name in written}
     written = {re.sub(r"@\d+$", "@r", name) for name in written}  # recurrent_depth.py: iterations, ways to read a row
     written = {re.sub(r"/(full|exit|warm|shared|both)$", "/way", name) for name in written}
+    written = {re.sub(r"/tiny/\w+?(_se|)$", r"/model/side\1", name) for name in written}  # budget_forcing.py
     ways = r"/(base|draft|specreason|spec_decode|both|coin|oracle|threshold [\d.]+)$"
     written = {re.sub(ways, "/model", name) for name in written}  # specreason.py: who writes
     assert written - explained == set()
     optional = {"completion_length/correct", "reflections/correct", "eval/accuracy_not_given_up", "entropy"}
-    optional |= {"explained_variance"}
+    optional |= {"explained_variance", "flipped/model/side"}
     assert explained - written - optional == set()  # only what a batch without right answers lacks

@@ -25,12 +25,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # top-level names that may differ from script to script
-FREE = {"Config", "train", "BY_SIZE", "check_flags", "sample_batch", "update_policy"}
+FREE = {"Config", "train", "solve", "BY_SIZE", "check_flags", "sample_batch", "update_policy"}
 MAX_LINES = 1675  # of a file, on screen
 MAX_SHARED = 880  # lines of code (no blank lines, comments, docstrings) in all blocks of a script
 # lines of code outside the blocks
 MAX_OWN = {"grpo.py": 255, "sft.py": 215, "nsr.py": 250, "ppo.py": 325, "coconut.py": 302}
 MAX_OWN |= {"recurrent_depth.py": 480, "specreason.py": 450}  # its own model; two papers, eleven ways
+MAX_OWN["budget_forcing.py"] = 445  # the machine of the rows, five baselines, its own --resume
 DEFAULT_OWN = 300
 NOTE = "(same text in every script that has it; see tests/test_shared_blocks.py)"
 MARKER = re.compile(rf"# (?:>>> shared: (?P<open>[a-z_]+) {re.escape(NOTE)}|<<< shared: (?P<close>[a-z_]+))")

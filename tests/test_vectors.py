@@ -52,7 +52,15 @@ READ = {
         "prosqa_graphs": "tests/test_rewards.py",
         "recurrent_depth": "tests/test_recurrent_depth.py",
     },
-    "test_time": {"specreason": "tests/test_specreason.py", "speculative_decoding": "tests/test_specreason.py"},
+    "test_time": {
+        "budget_forcing": "tests/test_budget_forcing.py",
+        "budget_forcing_readme": "tests/test_budget_forcing.py",
+        "rejection_sampling": "tests/test_budget_forcing.py",
+        "metrics": "tests/test_budget_forcing.py",
+        "voting": "tests/test_budget_forcing.py",
+        "specreason": "tests/test_specreason.py",
+        "speculative_decoding": "tests/test_specreason.py",
+    },
 }
 NOT_IMPLEMENTED = {
     "ppo_nsr": {
@@ -69,13 +77,7 @@ NOT_IMPLEMENTED = {
         "packing": "sft.py pads rows sorted by length instead",
         **dict.fromkeys(("acecoder", "dpo", "veripo_toy", "toy_code"), "not planned now"),
     },
-    "test_time": {
-        "kinetics": "not planned now",
-        **dict.fromkeys(
-            ("budget_forcing", "budget_forcing_readme", "rejection_sampling", "metrics", "voting"),
-            "for budget_forcing.py",
-        ),
-    },
+    "test_time": {"kinetics": "not planned now"},
 }
 # of a file without a "sections" object
 NOT_SECTIONS = ("source", "readme", "format", "half", "notes", "weights_file", "tolerance", "title", "conventions")
