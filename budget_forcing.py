@@ -10,8 +10,8 @@ model wrote is taken away again, "Wait" is appended, and the model goes on, up t
     f(n) - f(0) = (1 - f(0)) g - f(0) h     g = wrong answers that n Waits repair, h = right ones they flip   (4)
 
 Eq. 2 is printed twice: per 1000 tokens as written, and per doubling (x = log2 a), which is what the paper's table has.
-Beside it: the delimiter suppressed without a string, or with a random word; majority vote, the likeliest of k, any right
-of k; resampling until a trace is short enough; the length as an instruction (--length_prompt, for models that read text).
+Beside it: the delimiter suppressed without a string, or with a random word; majority vote, the likeliest of k, any
+right of k; resampling until a trace is short enough; the length as an instruction (--length_prompt).
 
 Run
     python budget_forcing.py                                    # models/tiny-rl and models/tiny, one thread, minutes
