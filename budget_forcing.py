@@ -11,8 +11,7 @@ model wrote is taken away again, "Wait" is appended, and the model goes on, up t
 
 Eq. 2 is printed twice: per 1000 tokens as written, and per doubling (x = log2 a), which is what the paper's table has.
 Beside it: the delimiter suppressed without a string, or with a random word; majority vote, the likeliest of k, any
-right of k; resampling until a trace is short enough; the token count as an instruction (--length_prompt, for models
-that read text).
+right of k; resampling until a trace is short enough; the length as an instruction (--length_prompt).
 
 Run
     python budget_forcing.py                                    # models/tiny-rl and models/tiny, one thread, minutes
@@ -22,9 +21,8 @@ Run
 
 Expect
     4 minutes of CPU time, one thread of an AMD EPYC, mean of seeds 0 to 2, 200 held-out problems. tiny-rl, M = 16 to
-    512: accuracy 0.18 -> 0.72; one Wait 0.60, because it ends on hits: there is little to repair, much to flip. tiny,
-    which gives up on misses: 0.11 -> 0.37, one Wait 0.49 (no string 0.39, random word 0.30), four 0.31. README.md has
-    the rest.
+    512: accuracy 0.18 -> 0.72; one Wait 0.60, because it stops on hits: there is little to repair, much to flip. tiny,
+    which gives up on misses: 0.11 -> 0.37, one Wait 0.49 (no string 0.39, random word 0.30), four 0.31. See README.md.
 
 Differs from the paper in: one budget for all rounds (its README; --budget_mode per_round is its evaluation code),
 temperature 1 on the tiny models, and tags in place of "Final Answer:" (--final_prefix).
