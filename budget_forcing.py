@@ -467,7 +467,7 @@ def outcome(records: list[dict], natural: list[dict]) -> dict[str, float]:
     return found
 
 
-def save_records(run: "Run", step: int, setting: list, records: list[dict]) -> None:
+def save_answers(run: "Run", step: int, setting: list, records: list[dict]) -> None:
     """step-N/records.json, from which --resume goes on; it appears whole or not at all."""
     if run.rank == 0:
         folder = run.folder / f"step-{step:06d}"
@@ -572,7 +572,7 @@ def solve(cfg: Config) -> int:
             run.keep_samples(step, prompter, done[:2], [0.0] * len(done[:2]))
             if done and side in ("cap", "wait"):
                 run.say(f"{name} {side} {value}: {prompter.line(done[0])}")
-            save_records(run, step, [name, side, value, options], records)
+            save_answers(run, step, [name, side, value, options], records)
         run.signal = max(run.gather(run.signal))
         if run.signal and step < len(plan):
             return run.interrupted(step)
