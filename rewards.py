@@ -450,8 +450,10 @@ class Countdown:
 
     def score(self, text: str, problem: dict, **kwargs) -> dict:
         parts = score_countdown(text, problem["numbers"], problem["target"], **kwargs)
-        if self.consistency:  # of the thinking; added, as R1 does (arXiv:2501.12948 sec. 2.3.2)
-            parts["total"] += self.consistency * self.describe(text, problem)["first_notation"]
+        if self.worded or self.consistency:  # of the thinking; added, as R1 does (arXiv:2501.12948 sec. 2.3.2)
+            seen = self.describe(text, problem)
+            parts["total"] += self.consistency * seen["first_notation"]
+            parts["mixed"] = seen["mixed"]
         return parts
 
     def trace(self, problem: dict, rng: random.Random) -> str:
@@ -1302,11 +1304,13 @@ Task = Countdown | Multiplication | GSM8K | AffineChain | S3 | ProsQA | GeneralP
 
 
 def make_task(spec: str, data: str = "", natural: bool = False) -> Task:
-    """The task of a spec such as `multiplication:max_digits=3`; natural: defaults for a real model."""
+    """The task of a spec such as `multiplication:max_digits=3`; natural: defaults for a real model. With the knob
+    pool=N, which every task has, training knows N problems of its stream only, over and over.
+    """
     name, _, pairs = spec.partition(":")
     if name not in TASKS:
         raise BadInput(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
-    types = {field.name: field.type for field in fields(TASKS[name])}
+    types = {field.name: field.type for field in fields(TASKS[name])} | {"pool": int}
     if data and "data" not in types:
         raise BadInput(f"task {name} makes its own problems and reads no data file; drop {data!r}")
     knobs = (TASKS[name].NATURAL if natural else {}) | ({"data": data} if data else {})
@@ -1317,7 +1321,12 @@ def make_task(spec: str, data: str = "", natural: bool = False) -> Task:
         except (KeyError, ValueError):
             known = ", ".join(f"{knob}={kind.__name__}" for knob, kind in types.items())
             raise BadInput(f"task {name} does not understand {pair!r}; its knobs are {known}") from None
-    return TASKS[name](**knobs)
+    pool = knobs.pop("pool", 0)
+    task = TASKS[name](**knobs)
+    if pool > 0:
+        draw = task.problem
+        task.problem = lambda split, seed, index: draw(split, seed, index % pool if split == "train" else index)
+    return task
 
 
 def heldout(task: Task, count: int, seed: int = 0) -> list[dict]:
@@ -1367,19 +1376,25 @@ def read_problems(path: str, field: str, scorer: Callable) -> list[dict]:
         raise BadInput(
             f"gsm8k and math read a file: give --data FILE.jsonl, or gsm8k:data=FILE.jsonl, with fields {field}, answer"
         )
+    return read_jsonl(path, lambda row: read_problem(row, field, scorer))
+
+
+def read_jsonl(path: str, read: Callable) -> list:
+    """`read` of the JSON value in each line of a file; BadInput names the line where that, or `read`, does not work."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read the data file {path}: {error}") from None
-    problems = []
+    found = []
     for number, line in enumerate(lines, 1):
         try:
-            problems += [read_problem(json.loads(line), field, scorer)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{path}, line {number}: {error}: {line[:40]!r}") from None
-    if not problems:
+            found += [read(json.loads(line))] if line.strip() else []
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            what = error if isinstance(error, ValueError) else repr(error)
+            raise BadInput(f"{path}, line {number}: {what}: {line[:40]!r}") from None
+    if not found:
         raise BadInput(f"{path} is empty; it must hold one JSON object per line")
-    return problems
+    return found
 
 
 def read_problem(row: dict, field: str, scorer: Callable) -> dict:
@@ -1396,6 +1411,81 @@ def read_problem(row: dict, field: str, scorer: Callable) -> dict:
 @functools.lru_cache(maxsize=4)
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"epoch {seed} {epoch}").sample(range(count), count)
+
+
+# ------------------------------------------------------------------------------------------------- traces
+# What sft.py does to the text of a trace before it is learnt: a thought, line by line, </think>, an answer.
+
+
+def shortened(trace: str, cot: str) -> str:
+    """A trace with all of its thought (long), the thought's last line (short), or none of it (none).
+
+    >>> shortened("2+3=5>1\\n3-2=1=1\\n</think><answer>3-2</answer>", "short")
+    '3-2=1=1\\n</think><answer>3-2</answer>'
+    """
+    thought, tag, answer = trace.partition("</think>")
+    lines = thought.splitlines(keepends=True)
+    return "".join(lines[{"long": 0, "short": -1, "none": len(lines)}[cot] :]) + tag + answer
+
+
+PERTURB = "shuffle", "delete", "insert", "digits", "answer"
+
+
+def perturbed(trace: str, rule: str, rng: random.Random, other: str = "") -> str:
+    """A trace damaged by a rule such as shuffle:0.67, none if it is empty. That share of the lines of the thought
+    changes places (shuffle), goes (delete) or gets a line of `other` in front (insert), or each of its digits is drawn
+    anew with that probability (digits). answer: with that probability the answer is wrong, every digit one more and
+    + and - exchanged. Source: arXiv:2502.07374 sec. 4, which also removes keywords.
+    """
+    kind, _, number = rule.partition(":")
+    if rule and (kind not in PERTURB or not re.fullmatch(r"0?\.[0-9]+|1", number)):
+        raise BadInput(f"--perturb {rule}: one of {', '.join(PERTURB)}, a colon and a share from 0 to 1 are needed")
+    share = float(number or 0)
+    thought, tag, answer = trace.partition("</think>")
+    lines, foreign = (text.partition("</think>")[0].splitlines(keepends=True) for text in (thought, other))
+    places = sorted(rng.sample(range(len(lines)), round(share * len(lines))))
+    if kind == "shuffle":
+        for place, line in zip(places, rng.sample([lines[i] for i in places], len(places)), strict=True):
+            lines[place] = line
+    elif kind == "delete":
+        lines = [line for i, line in enumerate(lines) if i not in places]
+    elif kind == "insert" and foreign:
+        for place in places[::-1]:
+            lines.insert(place, rng.choice(foreign))
+    elif kind == "digits":
+        damage = lambda digit: rng.choice("0123456789") if rng.random() < share else digit[0]  # noqa: E731
+        lines = [re.sub("[0-9]", damage, line) for line in lines]
+    elif kind == "answer" and rng.random() < share:
+        answer = answer.translate(str.maketrans("0123456789+-", "1234567890-+"))
+    return "".join(lines) + tag + answer
+
+
+def decontaminated(items: list[dict], heldout: list[str], n: int = 8) -> list[dict]:
+    """The items whose "prompt" shares no n words in a row with a held-out text; what most of these share is a template
+    and does not count. A text of fewer words counts as a whole. Source: arXiv:2501.19393 sec. 2.1.
+    """
+
+    def grams(text: str) -> set[tuple[str, ...]]:
+        words = re.findall(r"\w+|[^\w\s]", text.lower())
+        return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
+
+    counts = Counter(gram for text in heldout for gram in grams(text))
+    seen = {gram for gram, count in counts.items() if count <= max(1, len(heldout) / 2)}
+    return [item for item in items if not seen & grams(item["prompt"])]
+
+
+LIMO_WORDS = ("check", "verify"), ("perhaps", "might"), ("therefore", "since")  # verify, tentative, connective
+
+
+def limo_scores(items: list[dict]) -> list[float]:
+    """Rule score of each "completion" of some "length": .30 length + .20 verify + .25 tentative + .25 connective, the
+    word counts over the length, each feature over its largest value (how LIMO scales is not published, nor all words).
+    Source: arXiv:2502.03387 sec. 3.
+    """
+    counts = ([sum(map(i["completion"].lower().count, words)) for words in LIMO_WORDS] for i in items)
+    features = [(i["length"], *(n / i["length"] for n in row)) for i, row in zip(items, counts, strict=True)]
+    most = [max(column) or 1 for column in zip(*features, strict=True)]
+    return [sum(w * x / m for w, x, m in zip((0.3, 0.2, 0.25, 0.25), row, most, strict=True)) for row in features]
 
 
 # ------------------------------------------------------------------------------------------- expressions

@@ -31,12 +31,14 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -61,6 +63,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import rewards
 from rewards import ASSISTANT_PREFIX, BadInput, heldout, make_task, pass_at_k, prompt
 
 
@@ -76,8 +79,13 @@ class Config:
     hidden_size: int = flag(128, "width of a model from scratch, a multiple of 32", 32)
     task: str = flag("countdown", "task of traces and held-out problems, with knobs: countdown:high=20")
     data: str = flag("", "JSONL to learn instead of traces: {prompt, completion} or {messages}")
+    select: str = flag("", "learn N lines of --data only: random:N, longest:N, s1:N or limo:N")
+    weak: str = flag("", "for s1 and limo: files of --sample that weaker models wrote, a,b; what these solved is easy")
+    decontaminate: int = flag(0, "drop lines of --data with so many words in a row of a held-out prompt (s1: 8)")
     chat: bool = flag(False, "put prompts into the model's chat template")
-    loss_on: Literal["completion", "all"] = flag("completion", "tokens that are learnt")
+    cot: Literal["long", "short", "none"] = flag("long", "of each thought learn all, its last line, or nothing")
+    perturb: str = flag("", "damage a share of each thought: shuffle:0.67, delete:X, insert:X, digits:X; or answer:X")
+    loss_on: Literal["completion", "all", "thought", "answer"] = flag("completion", "tokens that are learnt")
     max_length: int = flag(2048, "longer sequences are dropped and counted (tokens)", 2)
     max_new_tokens: int = flag(0, "longest completion in evaluations, 0 = by model size")
     temperature: float = flag(1.0, "sampling temperature in evaluations, 0 = greedy")
@@ -88,7 +96,7 @@ class Config:
     warmup_steps: int = flag(50, "steps of linear warm-up; a cosine to 0 follows")
     weight_decay: float = flag(0.1, "AdamW weight decay of the matrices")
     eval_problems: int = flag(200, "held-out problems per evaluation, 0 = no evaluation")
-    eval_samples: int = flag(4, "completions per held-out problem", 1)
+    eval_samples: int = flag(4, "completions per held-out problem, or per problem of --sample", 1)
     eval_every: int = flag(0, "steps between evaluations, 0 = before and after only")
     save_every: int = flag(500, "steps between checkpoints, 0 = at the end only")
     seed: int = flag(0, "seed of data, weights and sampling")
@@ -99,6 +107,9 @@ class Config:
     out: str = flag("", "run folder, none = the next free out/sft-TASK-SEED")
     resume: str = flag("", "run folder to go on with, or auto for the newest")
     check: bool = flag(False, "one step of everything in a temporary folder, with the memory plan")
+    sample: int = flag(0, "instead of training, sample completions of so many problems and write them as JSONL")
+    keep: Literal["correct", "all", "shortest"] = flag("correct", "which of them; shortest: the easier, the shorter")
+    cap: int = flag(0, "at most so many of them per problem, 0 = all that differ")
 
 
 BY_SIZE = {  # parameters: below 10 M (made here), below 1 B, above (lr: open-r1 and s1 use 1e-5 to 5e-5)
@@ -129,13 +140,87 @@ def sft_loss(logprobs: Tensor, num_tokens: int) -> Tensor:
     return -logprobs.sum() / num_tokens
 
 
-def trace_row(prompter: "Prompter", seed: int, index: int, loss_on: str) -> tuple[list[int], list[int]]:
-    """The index-th generated trace as (ids, mask); a pure function of seed and index. The end token is learnt."""
-    problem = prompter.task.problem("train", seed, index)
-    given = prompter.encode(prompter.text(problem))
-    trace = prompter.task.trace(problem, Random(f"trace {seed} {index}"))
-    learnt = prompter.encode(trace) + prompter.end
-    return given + learnt, [int(loss_on == "all")] * len(given) + [1] * len(learnt)
+def s1_select(items: list[dict], size: int, rng: Random, tau: int = 5600) -> list[dict]:
+    """Quality, difficulty, diversity: of the items in a clean format that no weaker model solved, first those from the
+    hardest sources, then one domain at random after the other, and a trace of it, each half as likely as the next
+    longer one.
+
+    An item has "length" and may have "format", "weak" (right answers of weaker models), "correct", "source", "domain".
+    Source: arXiv:2501.19393 algorithm 1; its notebook draws the last 300 by other weights.
+    """
+
+    def at_once(item: dict) -> bool:
+        hardest = ("aime", "gpqa", "math") if item["length"] > tau else ("aime", "gpqa")
+        return bool(item.get("correct")) and item.get("source") in hardest
+
+    hard = [item for item in items if item.get("format", 1) and not item.get("weak")]
+    chosen, domains = [item for item in hard if at_once(item)], {}
+    for item in sorted((item for item in hard if not at_once(item)), key=lambda item: -item["length"]):
+        domains.setdefault(item.get("domain", ""), []).append(item)
+    while len(chosen) < size and any(domains.values()):
+        traces = domains[rng.choice(sorted(name for name, left in domains.items() if left))]
+        [rank] = rng.choices(range(len(traces)), [2.0**-rank for rank in range(len(traces))])
+        chosen.append(traces.pop(rank))
+    return chosen[:size]
+
+
+def limo_select(items: list[dict], size: int) -> list[dict]:
+    """The best traces by `limo_scores`, one a prompt, of prompts that no weaker model solved ("weak") and that their
+    own model "solved" in 1 to 3 of 32 "attempts". Source: arXiv:2502.03387 sec. 3.
+    """
+    window = [i for i in items if not i.get("weak") and 0 < 32 * i.get("solved", 0) <= 3 * i["attempts"]]
+    best: dict[str, dict] = {}
+    for _, item in sorted(zip(rewards.limo_scores(window), window, strict=True), key=lambda pair: -pair[0]):
+        best.setdefault(item["prompt"], item)
+    return list(best.values())[:size]
+
+
+SELECT = {"s1": s1_select, "limo": lambda items, size, rng: limo_select(items, size)}
+SELECT["random"] = lambda items, size, rng: rng.sample(items, min(size, len(items)))
+SELECT["longest"] = lambda items, size, rng: sorted(items, key=lambda item: -item["length"])[:size]
+
+
+def kept(group: list["Completion"], keep: str, cap: int) -> list["Completion"]:
+    """Of the completions of one problem those to imitate: finished, different, at most `cap` if that is not 0, and
+    (unless keep is all) right, in the strict layout, in one notation (R1, arXiv:2501.12948 sec. 2.3.3). shortest: by
+    length, from the shortest on if all were right, else from further on: hard problems keep long thoughts (LiteCoT's
+    idea, 2505.19716).
+    """
+    right = [c.score["correct"] and c.score["format"] == 1 and not c.score.get("mixed") for c in group]
+    good = {c.text: c for c, r in zip(group, right, strict=True) if c.finished and (r or keep == "all")}
+    chosen = list(good.values())
+    if keep == "shortest":
+        chosen.sort(key=lambda c: len(c.tokens))
+        chosen = chosen[round((1 - sum(right) / len(right)) * max(0, len(chosen) - cap)) if cap else 0 :]
+    return chosen[: cap or None]
+
+
+def row_of(prompter: "Prompter", cfg: Config, example: dict, other: str, index: int) -> tuple[list[int], list[int]]:
+    """An example, changed by --cot and --perturb, as (ids, mask). Prompt and completion are tokenised apart, so the
+    mask never depends on finding a marker in the text. The end token is learnt; a chat template writes its own.
+    """
+    if "messages" in example:
+        parts, end = chat_parts(prompter, example["messages"]), []
+    else:
+        completion, end, split = example["completion"], prompter.end, cfg.loss_on in ("thought", "answer")
+        if cfg.cot != "long" or cfg.perturb or split:
+            need("</think>" in completion, "--cot, --perturb and --loss_on need </think> in a completion")
+            rng = Random(f"perturb {cfg.seed} {index}")
+            completion = rewards.perturbed(rewards.shortened(completion, cfg.cot), cfg.perturb, rng, other)
+        cut = completion.index("</think>") + len("</think>") if split else 0
+        parts = [(example["prompt"], 0), (completion[:cut], cfg.loss_on == "thought")]
+        parts += [(completion[cut:], cfg.loss_on != "thought")]
+    pieces = [(prompter.encode(text), learnt) for text, learnt in parts] + [(end, cfg.loss_on != "thought")]
+    ids = [i for piece, _ in pieces for i in piece]
+    return ids, [int(learnt or cfg.loss_on == "all") for piece, learnt in pieces for _ in piece]
+
+
+def trace_row(prompter: "Prompter", cfg: Config, index: int) -> tuple[list[int], list[int]]:
+    """The index-th generated trace as (ids, mask); a pure function of seed and index."""
+    numbers = range(index, index + 1 + bool(cfg.perturb))  # its own, and one to insert lines from
+    problems = [prompter.task.problem("train", cfg.seed, i) for i in numbers]
+    traces = [prompter.task.trace(p, Random(f"trace {cfg.seed} {i}")) for i, p in zip(numbers, problems, strict=True)]
+    return row_of(prompter, cfg, {"prompt": prompter.text(problems[0]), "completion": traces[0]}, traces[-1], index)
 
 
 def chat_parts(prompter: "Prompter", messages: list[dict]) -> list[tuple[str, int]]:
@@ -152,34 +237,37 @@ def chat_parts(prompter: "Prompter", messages: list[dict]) -> list[tuple[str, in
     return parts
 
 
-def file_rows(path: str, prompter: "Prompter", loss_on: str) -> list[tuple[list[int], list[int]]]:
-    """The lines of a JSONL file as (ids, mask). Prompt and completion are tokenised apart, so the mask never
-    depends on finding a marker in the text.
-    """
-    rows = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--data {path} cannot be read ({error})") from None
-    need("".join(lines).strip(), f"--data {path} is empty; it must hold one JSON object per line")
-    for number, line in ((number, line) for number, line in enumerate(lines, 1) if line.strip()):
-        try:
-            example = json.loads(line)
-            chat = "messages" in example
-            parts = (
-                chat_parts(prompter, example["messages"])
-                if chat
-                else [(example["prompt"], 0), (example["completion"], 1)]
-            )
-            pieces = [(prompter.encode(text), learnt) for text, learnt in parts]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise BadInput(
-                f"{path} line {number}: prompt and completion, or messages, are needed ({error!r})"
-            ) from None
-        pieces += [] if chat else [(prompter.end, 1)]  # a chat template writes its own end token
-        ids = [i for piece, _ in pieces for i in piece]
-        rows.append((ids, [int(learnt or loss_on == "all") for piece, learnt in pieces for _ in piece]))
-    return rows
+def file_rows(run: "Run", prompter: "Prompter") -> list[tuple[list[int], list[int]]]:
+    """The lines of --data as (ids, mask): those that are not too long, have something to learn, and are selected."""
+    cfg, items = run.cfg, []
+
+    def read(example: dict) -> None:
+        pair = [example.get(name) for name in ("prompt", "completion")] if isinstance(example, dict) else [None]
+        good = all(isinstance(text, str) for text in pair) or pair == [None, None] and "messages" in example
+        need(good, "prompt and completion, or messages, are needed")
+        other = items[-1] if items else {}  # to insert lines from
+        ids, mask = row_of(prompter, cfg, example, other.get("completion", ""), len(items))
+        items.append(example | {"row": (ids, mask), "length": max(1, sum(mask))})
+
+    rewards.read_jsonl(cfg.data, read)
+    too_long = sum(len(item["row"][0]) > cfg.max_length for item in items)
+    if too_long:
+        run.say(f"note: {too_long} of {len(items)} examples exceed {cfg.max_length} tokens and were dropped")
+    left = [item for item in items if len(item["row"][0]) <= cfg.max_length and any(item["row"][1][1:])]
+    need(left, f"--data {cfg.data}: no example has at most --max_length {cfg.max_length} tokens and something to learn")
+    asked = not (cfg.select or cfg.decontaminate) or all("prompt" in item for item in left)
+    need(asked, f"--data {cfg.data}: --select and --decontaminate read lines with a prompt, not messages")
+    if cfg.decontaminate:
+        texts = [prompter.text(problem) for problem in heldout(prompter.task, max(1, cfg.eval_problems))]
+        left = rewards.decontaminated(left, texts, cfg.decontaminate)
+    if cfg.select:
+        (rule, size), weak = cfg.select.split(":"), filter(None, cfg.weak.split(","))
+        easy = Counter(p for path in weak for p in rewards.read_jsonl(path, lambda x: x["correct"] and x["prompt"]))
+        left = [item | {"weak": easy[item["prompt"]]} for item in left]
+        left = SELECT[rule](left, int(size), Random(f"select {cfg.seed}"))
+    need(left, f"--data {cfg.data}: no example passes --select {cfg.select} and --decontaminate {cfg.decontaminate}")
+    run.say(f"file   {len(left)} of {len(items)} examples are learnt")
+    return [item["row"] for item in left]
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -222,8 +310,50 @@ def make_tiny(folder: Path, cfg: Config) -> None:
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
+def check_flags(cfg: Config) -> None:
+    """Refuse combinations that cannot work, before anything is loaded."""
+    rewards.perturbed("", cfg.perturb, Random(0))
+    known = not cfg.select or re.fullmatch(f"({'|'.join(SELECT)}):[1-9][0-9]*", cfg.select)
+    need(known, f"--select {cfg.select}: one of {', '.join(SELECT)}, a colon and a number of lines are needed")
+    need(cfg.data or not (cfg.select or cfg.decontaminate), "--select and --decontaminate choose lines: give --data")
+    need(not cfg.weak or cfg.select[:2] in ("s1", "li"), f"--weak {cfg.weak} does nothing without --select s1 or limo")
+    need(cfg.sample or cfg.keep == "correct" and not cfg.cap, f"--keep {cfg.keep} --cap {cfg.cap} needs --sample")
+    need(not cfg.sample or not cfg.data + cfg.resume, "--sample asks the task: leave out --data and --resume")
+
+
+def sample(run: "Run", model: "Model", prompter: "Prompter", chosen: dict) -> int:
+    """Rejection sampling: `eval_samples` completions of each of `sample` training problems, 64 problems at a time;
+    those that are `kept` become lines that --data reads. The exit code.
+    """
+    cfg, k, lines = run.cfg, run.cfg.eval_samples, []
+    cfg.steps = 1 if cfg.check else math.ceil(cfg.sample / 64)
+    run.open(model, prompter, chosen, f"{cfg.sample} problems x {k} completions")
+    for step in range(1, cfg.steps + 1):
+        numbers = range(64 * (step - 1), min(64 * step, cfg.sample))
+        mine = [(n, prompter.task.problem("train", cfg.seed, n)) for n in numbers][run.rank :: run.world]
+        parts = run.gather(rollout(model, prompter, mine, k, cfg.max_new_tokens, (cfg.seed, 1), cfg.temperature))
+        done = sorted((c for part in parts for c in part), key=lambda c: c.number)
+        for group in (done[i : i + k] for i in range(0, len(done), k)):
+            solved = sum(c.score["correct"] for c in group)
+            for c in kept(group, cfg.keep, cfg.cap):
+                line = {"prompt": prompter.text(c.problem), "completion": c.text, "solved": solved, "attempts": k}
+                line |= {name: c.score[name] for name in ("correct", "format")}
+                line["domain"] = "".join(sorted({*"+-*/"} & {*(c.score["answer"] or "")}))  # for s1: operators used
+                lines.append(json.dumps(line) + "\n")
+        seen = {"accuracy": mean(c.score["correct"] for c in done), "kept": len(lines)}
+        run.log(step, seen | {"completion_length": mean(len(c.tokens) for c in done)}, show=tuple(seen))
+        if run.rank == 0:
+            write_atomically(run.folder / "sampled.jsonl", "".join(lines))
+        if max(run.gather(run.signal)):
+            break
+    run.bar.close()
+    run.say(f"wrote  {len(lines)} completions of {numbers.stop} problems to {run.folder / 'sampled.jsonl'}")
+    return 128 + run.signal if run.signal else 0
+
+
 def train(cfg: Config) -> int:
     """Algorithm: for each step, draw a batch, count its trained tokens N, descend eq. 1."""
+    check_flags(cfg)
     run = Run(cfg)
     need(cfg.hidden_size % 32 == 0, f"--hidden_size {cfg.hidden_size} is no multiple of 32, the size of a head")
     own_size = cfg.num_layers == Config.num_layers and cfg.hidden_size == Config.hidden_size
@@ -234,22 +364,17 @@ def train(cfg: Config) -> int:
     model, sampler = run.load(scratch.name if cfg.model == "scratch" else cfg.model)
     chosen = run.choose(model, BY_SIZE)
     prompter = Prompter(model, make_task(cfg.task, natural=not model.is_tiny), cfg.chat)
+    if cfg.sample:
+        return sample(run, sampler, prompter, chosen)
     need(cfg.data or hasattr(prompter.task, "trace"), f"--task {cfg.task} makes no traces: give --data FILE.jsonl")
-    rows = file_rows(cfg.data, prompter, cfg.loss_on) if cfg.data else []
-    short = [row for row in rows if len(row[0]) <= cfg.max_length]
-    if len(short) < len(rows):
-        dropped = f"{len(rows) - len(short)} of {len(rows)} examples"
-        run.say(f"note: {dropped} exceed {cfg.max_length} tokens and were dropped")
-    short = [row for row in short if any(row[1][1:])]
-    limit = f"at most --max_length {cfg.max_length} tokens"
-    need(short or not rows, f"--data {cfg.data}: no example has {limit} and something to learn")
+    rows = file_rows(run, prompter) if cfg.data else []
 
     def example(index: int) -> tuple[list[int], list[int]]:
         """The index-th row of an endless stream: generated, or the file's lines in a new order every epoch."""
-        if not short:
-            return trace_row(prompter, cfg.seed, index, cfg.loss_on)
-        epoch, position = divmod(index, len(short))
-        return short[Random(f"epoch {cfg.seed} {epoch}").sample(range(len(short)), len(short))[position]]
+        if not rows:
+            return trace_row(prompter, cfg, index)
+        epoch, position = divmod(index, len(rows))
+        return rows[Random(f"epoch {cfg.seed} {epoch}").sample(range(len(rows)), len(rows))[position]]
 
     groups = [{"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": cfg.weight_decay}]
     groups += [{"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
@@ -262,13 +387,13 @@ def train(cfg: Config) -> int:
 
     for step in range(start + 1, cfg.steps + 1):
         began = time.time()
-        rows = [example((step - 1) * cfg.batch_size + i) for i in range(cfg.batch_size)]
-        num_tokens = sum(sum(mask[1:]) for _, mask in rows)  # N of eq. 1, the same on every rank
-        rows = sorted(rows, key=lambda row: -len(row[0]))[run.rank :: run.world]
+        drawn = [example((step - 1) * cfg.batch_size + i) for i in range(cfg.batch_size)]
+        num_tokens = sum(sum(mask[1:]) for _, mask in drawn)  # N of eq. 1, the same on every rank
+        drawn = sorted(drawn, key=lambda row: -len(row[0]))[run.rank :: run.world]
         loss = entropy = 0.0
-        for batch in micro_batches([len(ids) for ids, _ in rows], cfg.micro_batch_tokens):
-            tokens = pad_rows([rows[i][0] for i in batch], run.device, torch.long)  # (B, T)
-            mask = pad_rows([rows[i][1] for i in batch], run.device, torch.bool)  # (B, T)
+        for batch in micro_batches([len(ids) for ids, _ in drawn], cfg.micro_batch_tokens):
+            tokens = pad_rows([drawn[i][0] for i in batch], run.device, torch.long)  # (B, T)
+            mask = pad_rows([drawn[i][1] for i in batch], run.device, torch.bool)  # (B, T)
             logprobs, entropies = completion_logprobs(model, tokens, mask)  # (B, T-1)
             part = sft_loss(logprobs, num_tokens)
             part.backward()

@@ -945,6 +945,66 @@ def test_score_last_line(text, right):
     assert rewards.score_last_line(text, "1080")["correct"] == right
 
 
+TRACE = "1+2=3>2\n2-1=1<2\n2*1=2=2\n</think><answer>2*1-0</answer>"
+
+
+@pytest.mark.parametrize(
+    "rule, check",
+    [
+        ("", lambda lines, answer: "".join(lines) + answer == TRACE),
+        ("shuffle:1", lambda lines, answer: sorted(lines) == sorted(TRACE.splitlines(True)[:3]) and answer in TRACE),
+        ("delete:.67", lambda lines, answer: len(lines) == 1 and lines[0] in TRACE and answer in TRACE),
+        ("delete:1", lambda lines, answer: not lines and answer in TRACE),
+        ("insert:0.67", lambda lines, answer: lines.count("other\n") == 2 and len(lines) == 5 and answer in TRACE),
+        ("digits:1", lambda lines, _: [re.sub("[0-9]", "", line) for line in lines] == ["+=>\n", "-=<\n", "*==\n"]),
+        ("answer:1", lambda lines, answer: "".join(lines) in TRACE and answer == "</think><answer>3*2+1</answer>"),
+    ],
+)
+def test_perturbed(rule, check):
+    texts = [rewards.perturbed(TRACE, rule, random.Random(seed), "other\n</think>z") for seed in range(20)]
+    for text in texts:
+        thought, tag, answer = text.partition("</think>")
+        assert check(thought.splitlines(keepends=True), tag + answer), text
+    assert texts == [rewards.perturbed(TRACE, rule, random.Random(seed), "other\n</think>z") for seed in range(20)]
+    assert (len(set(texts)) > 1) == (rule not in ("", "delete:1", "answer:1"))
+
+
+def test_perturbed_by_share():
+    answers = [rewards.perturbed(TRACE, "answer:0.3", random.Random(seed)) != TRACE for seed in range(500)]
+    assert 0.23 < sum(answers) / 500 < 0.37
+    digits = [rewards.perturbed(TRACE, "digits:0.5", random.Random(seed)) for seed in range(500)]
+    changed = sum(a != b for text in digits for a, b in zip(text, TRACE, strict=True)) / 500 / 12  # in the thought
+    assert 0.4 < changed < 0.5  # a tenth of those drawn anew stays the same
+    for rule in ("mix:0.5", "shuffle", "shuffle:2", "shuffle:x", ":0.5"):
+        with pytest.raises(BadInput, match="--perturb .*shuffle, delete, insert, digits, answer"):
+            rewards.perturbed(TRACE, rule, random.Random(0))
+
+
+def test_shortened():
+    assert rewards.shortened(TRACE, "long") == TRACE
+    assert rewards.shortened(TRACE, "short") == "2*1=2=2\n</think><answer>2*1-0</answer>"
+    assert rewards.shortened(TRACE, "none") == "</think><answer>2*1-0</answer>" == rewards.shortened(TRACE[24:], "long")
+    assert rewards.shortened("</think>x", "short") == "</think>x"
+
+
+def test_decontaminated():
+    """Eight words in a row of one held-out text; those that most of them share do not count."""
+    template = "Please answer this question and think aloud for a while: "
+    held = [template + f"what is the sum of {n} and two times seven" for n in ("three", "four", "nine", "one")]
+    items = [{"prompt": template + "name the capital of a country that you like"}]
+    items += [{"prompt": "Tell me: what is the SUM, of three and two times seven"}]
+    items += [{"prompt": "Now what is the sum of three and two times seven, please?"}]
+    assert rewards.decontaminated(items, held, 8) == items[:2]  # a comma is a word
+    assert rewards.decontaminated(items, held, 4) == items[:1]
+    assert rewards.decontaminated([{"prompt": "a b"}, {"prompt": "a b c"}], ["a b"], 8) == [{"prompt": "a b c"}]
+
+
+def test_pool_of_training_problems():
+    task, whole = rewards.make_task("countdown:pool=3,high=12"), rewards.make_task("countdown:high=12")
+    assert [task.problem("train", 0, i) for i in range(7)] == [whole.problem("train", 0, i % 3) for i in range(7)]
+    assert [task.problem("test", 0, i) for i in range(7)] == [whole.problem("test", 0, i) for i in range(7)]
+
+
 def test_heldout():
     task = rewards.Multiplication()
     problems = rewards.heldout(task, 100)

@@ -29,7 +29,7 @@ FREE = {"Config", "train", "BY_SIZE", "check_flags", "sample_batch", "update_pol
 MAX_LINES = 1675  # of a file, on screen
 MAX_SHARED = 880  # lines of code (no blank lines, comments, docstrings) in all blocks of a script
 # lines of code outside the blocks
-MAX_OWN = {"grpo.py": 255, "sft.py": 215, "nsr.py": 250, "ppo.py": 325, "coconut.py": 302}
+MAX_OWN = {"grpo.py": 255, "sft.py": 300, "nsr.py": 250, "ppo.py": 325, "coconut.py": 302}
 MAX_OWN["recurrent_depth.py"] = 480  # its own model
 DEFAULT_OWN = 300
 NOTE = "(same text in every script that has it; see tests/test_shared_blocks.py)"
