@@ -1,4 +1,4 @@
-"""Tasks, verifiers and shaped rewards: text and arithmetic, the one module that the scripts share.
+"""Tasks, verifiers, shaped rewards, and what is done to traces: text and arithmetic, the one module that scripts share.
 
 A task poses problems and writes prompts, a scorer says what a sampled text is worth, the rest are formulas of
 papers. The reward of a completion is rule based (arXiv:2501.12948 sec. 2.2), with a small weight on layout:
@@ -15,7 +15,8 @@ size come first, and only the symbolic stage of `math_equal` (x^2-1 against (x-1
 it asks a child that ends when it is late, so that no answer takes two seconds.
 
 Sources: TinyZero, GRPO-Zero, nano-aha-moment for tasks; arXiv:2502.03373 for cosine and repetition rewards;
-DAPO arXiv:2503.14476 eq. 13; oat-zero and understand-r1-zero for keyword lists; arXiv:2107.03374 for pass@k.
+DAPO arXiv:2503.14476 eq. 13; oat-zero and understand-r1-zero for keyword lists; arXiv:2107.03374 for pass@k;
+arXiv:2501.17161 for cards and navigation, 2505.13718 for knights; 2502.07374, 2502.03387, 2501.19393 for traces.
 """
 
 import faulthandler
@@ -579,8 +580,10 @@ class GeneralPoints:
                 if value is None or value not in range(1, 100):
                     continue
                 problem["target"] = int(value)
-            if split_of(self.key(problem)) != split or kind != "read" and not solve_countdown(numbers, value):
+            if split_of(self.key(problem)) != split:
                 continue
+            if self.target and kind != "read" and not solve_countdown(numbers, self.target):
+                continue  # a value of a random tree needs no proof
             for _ in range(rng.randrange(self.turns) if kind == "solve" else 0):
                 problem = self.revise(problem, f"<answer>{self.failure(problem, rng)}</answer>")
             return problem

@@ -673,6 +673,15 @@ def test_ranks_give_the_same_gradient(run_ranks, cwd, script, world, flags, half
         assert [row["tokens"] for row in a] == [row["tokens"] for row in b]
 
 
+def test_ranks_sample_the_same_file(run_ranks, cwd):
+    """Rejection sampling over more problems than one chunk, shared by three ranks."""
+    for n in (1, 3):
+        codes, _ = run_ranks("sft", n, f"--sample 70 --keep all --eval_problems 0 --out {n}")
+        assert codes == [0] * n
+    one, other = (lines_of(cwd / str(n) / "sampled.jsonl") for n in (1, 3))
+    assert one == other and len({line["prompt"] for line in one}) > 5
+
+
 LAUNCH = ["-m", "torch.distributed.run"]
 
 
