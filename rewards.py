@@ -1,4 +1,4 @@
-"""Tasks, verifiers and shaped rewards: text and arithmetic, the one module that the scripts share.
+"""Tasks, verifiers, shaped rewards, and what is done to traces: text and arithmetic, the one module that scripts share.
 
 A task poses problems and writes prompts, a scorer says what a sampled text is worth, the rest are formulas of
 papers. The reward of a completion is rule based (arXiv:2501.12948 sec. 2.2), with a small weight on layout:
@@ -15,7 +15,8 @@ size come first, and only the symbolic stage of `math_equal` (x^2-1 against (x-1
 it asks a child that ends when it is late, so that no answer takes two seconds.
 
 Sources: TinyZero, GRPO-Zero, nano-aha-moment for tasks; arXiv:2502.03373 for cosine and repetition rewards;
-DAPO arXiv:2503.14476 eq. 13; oat-zero and understand-r1-zero for keyword lists; arXiv:2107.03374 for pass@k.
+DAPO arXiv:2503.14476 eq. 13; oat-zero and understand-r1-zero for keyword lists; arXiv:2107.03374 for pass@k;
+arXiv:2501.17161 for cards and navigation, 2505.13718 for knights; 2502.07374, 2502.03387, 2501.19393 for traces.
 """
 
 import faulthandler
@@ -62,6 +63,38 @@ def score_countdown(text: str, numbers: Sequence[int], target: int, **kw) -> dic
         value, numerals = None, []
     # A multiset, not a set: both copies of a 5 must be used. Exact: 8/(3-8/3) is 24, not 23.999.
     return score(text, answer, value == target and Counter(numerals) == Counter(numbers), **kw)
+
+
+POINTS = {"correct": 5, "wrong_value": -1, "wrong_numbers": -2, "illegal": -3, "limit": -1}
+
+
+def points_verdict(formula: str, numbers: Sequence[int], target: int) -> str:
+    """What the verifier of GeneralPoints says of a formula: "illegal", else "wrong_numbers", else "wrong_value", else
+    "correct". Signs in front of a number are illegal, what follows an = is not read, values are exact. The first fault
+    counts (the paper's reading; its code adds the penalties up and rounds). POINTS has the rewards.
+    Source: arXiv:2501.17161 app. A.3.
+
+    >>> [points_verdict(formula, [1, 3, 10, 6], 24) for formula in ("3*10-6*1=24", "(1+6)*3+10", "3*10-6", "3*(10")]
+    ['correct', 'wrong_value', 'wrong_numbers', 'illegal']
+    """
+    try:
+        postfix = to_postfix(expression_tokens(formula.partition("=")[0]))
+    except ValueError:
+        return "illegal"
+    if {"neg", "pos"} & {*postfix}:
+        return "illegal"
+    if Counter(int(token) for token in postfix if token.isdigit()) != Counter(numbers):
+        return "wrong_numbers"
+    try:
+        return "correct" if evaluate(postfix, ARITHMETIC, Fraction) == target else "wrong_value"
+    except ZeroDivisionError:
+        return "wrong_value"
+
+
+def points_formula(text: str) -> str | None:
+    """The last "formula" of an answer in JSON, however broken the rest; None without one."""
+    found = re.findall(r'"formula"\s*:\s*"([^"]*)"', text[: MAX_ANSWER + 1])
+    return found[-1] if found else None
 
 
 def score_multiplication(text: str, a: int, b: int, **kw) -> dict:
@@ -266,6 +299,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 #   question(problem)             the user's message
 #   compact(problem)              the same in a few characters for a tiny tokenizer (generated tasks only)
 #   score(text, problem, **kw)    one of the scorers above
+#   trace(problem, rng)           a completion to imitate, its thought in lines; describe(text, problem): what one did
 
 INSTRUCTION = "Think inside <think> </think> tags, then give the final answer inside <answer> </answer> tags"
 
@@ -373,8 +407,11 @@ class Countdown:
     max_target: int = 99
     operators: str = "+-*/"
     give_up: float = 0.33  # share of the traces that stop early with a wrong answer
+    worded: float = 0.0  # share of the tries that traces write in a second notation, 7x3e21 for 7*3=21
+    consistency: float = 0.0  # weight of the reward for the share of the tries in the first notation (as R1's language)
 
     NATURAL = {"max_numbers": 4, "high": 99, "min_target": 10}
+    SIGNS = str.maketrans("+-*/=", "pmxde")  # the second notation
 
     def __post_init__(self):
         if not 2 <= self.min_numbers <= self.max_numbers <= 6:
@@ -413,7 +450,12 @@ class Countdown:
         )
 
     def score(self, text: str, problem: dict, **kwargs) -> dict:
-        return score_countdown(text, problem["numbers"], problem["target"], **kwargs)
+        parts = score_countdown(text, problem["numbers"], problem["target"], **kwargs)
+        if self.worded or self.consistency:  # of the thinking; added, as R1 does (arXiv:2501.12948 sec. 2.3.2)
+            seen = self.describe(text, problem)
+            parts["total"] += self.consistency * seen["first_notation"]
+            parts["mixed"] = seen["mixed"]
+        return parts
 
     def trace(self, problem: dict, rng: random.Random) -> str:
         """A depth-first search in words: one try a line, then the answer, which repeats the last try.
@@ -435,6 +477,8 @@ class Countdown:
             tries = attempts[max(0, hit - wrong) : hit + 1]
         lines = [f"{text}{'>=<'[(v <= target) + (v < target)]}{target}\n" for v, _, text in tries]
         lines[1:] = [("wait" if rng.random() < 0.25 else "") + line for line in lines[1:]]
+        if self.worded:
+            lines = [line.translate(self.SIGNS) if rng.random() < self.worded else line for line in lines]
         return "".join(lines) + f"</think><answer>{tries[-1][2].partition('=')[0]}</answer>"
 
     def grade_step(self, problem: dict, before: str, step: str) -> int:
@@ -454,13 +498,22 @@ class Countdown:
         return right * (5 if line.removesuffix("\n") in known else 9)
 
     def describe(self, text: str, problem: dict) -> dict:
-        """What the completion did: tries, different ones, and whether it stopped on a marked miss."""
+        """What the completion did: tries, different ones, whether it stopped on a marked miss; of two notations the
+        share of the first among the tries, and whether both occur.
+        """
         thought, closed, _ = text.partition("</think>")
-        lines = [line.removeprefix("wait") for line in thought.split("\n") if "=" in line]
+        lines = [line.removeprefix("wait") for line in thought.split("\n")]
+        worded = [bool(re.search("[pmxde]", line)) for line in lines if re.search("[=e]", line)]
+        back = str.maketrans("pmxde", "+-*/=") if self.worded or self.consistency else {}
+        lines = [line for line in (line.translate(back) for line in lines) if "=" in line]
         distinct = {line.partition("=")[0] for line in lines}
         hit = f"={problem['target']}={problem['target']}"
         gave_up = bool(closed and lines) and not lines[-1].endswith(hit)
-        return {"tries": len(lines), "distinct_tries": len(distinct), "gave_up": gave_up}
+        seen = {"tries": len(lines), "distinct_tries": len(distinct), "gave_up": gave_up}
+        if back:
+            seen["first_notation"] = 1 - sum(worded) / max(1, len(worded))
+            seen["mixed"] = len({*worded}) == 2
+        return seen
 
 
 @dataclass
@@ -494,6 +547,388 @@ class Multiplication:
 
     def score(self, text: str, problem: dict, **kw) -> dict:
         return score_multiplication(text, problem["a"], problem["b"], **kw)
+
+
+RANKS = {rank: value for value, rank in enumerate("A 2 3 4 5 6 7 8 9 10 J Q K".split(), 1)}
+
+
+@dataclass
+class GeneralPoints:
+    """Reach the target with the values of a hand of cards, each used once (arXiv:2501.17161 sec. 4.1, app. A.1).
+
+    J, Q and K count 10 under rule 10, and 11, 12, 13 under rule 13. The paper trains on rule 10 and tests on rule 13
+    with a face card on every hand (faces=1). The split goes by values and target, so it is the same under both rules.
+    """
+
+    cards: int = 3
+    target: int = 0  # 0: another one for each hand, 1 to 99
+    rule: int = 10
+    faces: int = 0  # face cards on every hand, at least
+    turns: int = 1  # so many attempts less one, at most, stand in the prompt, with what the verifier said
+    basics: float = 0.0  # share of easier training problems: to read a hand under either rule, plain numbers to 13
+
+    NATURAL = {"cards": 4, "target": 24}
+    CHECKS = 5  # attempts that the verifier looks at; a sixth costs 1 point unseen
+    REASONS = {
+        "illegal": "the formula is not legal",
+        "wrong_numbers": "the numbers are not those of the cards",
+        "wrong_value": "the value is not the target",
+    }
+
+    def __post_init__(self):
+        if not (2 <= self.cards <= 4 and 0 <= self.faces <= self.cards and 0 <= self.target <= 99):
+            raise BadInput(f"{self}: 2 to 4 cards, at most so many faces, and a target up to 99 are allowed")
+        if self.rule not in (10, 13) or not 1 <= self.turns <= self.CHECKS or not 0 <= self.basics <= 1:
+            raise BadInput(f"{self}: rule 10 or 13, turns 1 to {self.CHECKS} and basics 0 to 1 are allowed")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        rng = random.Random(f"generalpoints {split} {seed} {index}")
+        easy = split == "train" and rng.random() < self.basics
+        kind = rng.choice(["read", "plain"]) if easy else "solve"
+        rule = {"read": rng.choice([10, 13]), "plain": 13, "solve": self.rule}[kind]
+        for _ in range(10_000):
+            cards = [rng.choice("JQK") if i < self.faces else rng.choice(list(RANKS)) for i in range(self.cards)]
+            rng.shuffle(cards)
+            numbers = [RANKS[card] if rule == 13 else min(10, RANKS[card]) for card in cards]
+            problem = {"kind": kind, "rule": rule, "cards": cards, "numbers": numbers, "target": 0, "failed": []}
+            if kind != "read":
+                value = self.target or random_tree([Fraction(n) for n in numbers], "+-*/", rng)
+                if value is None or value not in range(1, 100):
+                    continue
+                problem["target"] = int(value)
+            if split_of(self.key(problem)) != split:
+                continue
+            if self.target and kind != "read" and not solve_countdown(numbers, self.target):
+                continue  # a value of a random tree needs no proof
+            for _ in range(rng.randrange(self.turns) if kind == "solve" else 0):
+                problem = self.revise(problem, f"<answer>{self.failure(problem, rng)}</answer>")
+            return problem
+        raise BadInput(f"no solvable hand found for {self}; take more cards or target=0")
+
+    def failure(self, problem: dict, rng: random.Random) -> str:
+        """A wrong attempt: over the hand's numbers, or with one of them misread."""
+        numbers = problem["numbers"][:]
+        numbers[0] = rng.choice([numbers[0], rng.randint(1, 13)])
+        chains = [chain for _, _, chain in countdown_attempts(tuple(sorted(numbers)), "+-*/", 99)]
+        formulas = [chain.partition("=")[0] for chain in rng.sample(chains, len(chains))]
+        wrong = (f for f in formulas if points_verdict(f, problem["numbers"], problem["target"]) != "correct")
+        return next(wrong, "1")
+
+    def key(self, problem: dict) -> str:
+        return f"{sorted(problem['numbers'])}={problem['target']}"  # as Countdown's
+
+    def compact(self, problem: dict) -> str:
+        if problem["kind"] == "plain":
+            return f"{','.join(map(str, problem['numbers']))}={problem['target']}<think>"
+        hand = f"R{problem['rule']}|{','.join(problem['cards'])}"
+        marks = {"illegal": "#s", "wrong_numbers": "#n", "wrong_value": "#v"}  # syntax, numbers, value
+        failed = "".join(f" {formula}{marks[verdict]}" for formula, verdict in problem["failed"])
+        return hand + ("?" if problem["kind"] == "read" else f"={problem['target']}{failed}") + "<think>"
+
+    def question(self, problem: dict) -> str:
+        faces = "J, Q and K each count as 10" if problem["rule"] == 10 else "J counts as 11, Q as 12 and K as 13"
+        given = f"Cards: [{', '.join(problem['cards'])}]. A counts as 1, {faces}."
+        if problem["kind"] == "plain":
+            given = f"Numbers: {problem['numbers']}."
+        if problem["kind"] == "read":
+            return f"{given} Which numbers are these? {INSTRUCTION}, for example <answer>1,5,10</answer>."
+        asked = f"{given} Using each number exactly once, with + - * / and parentheses, make {problem['target']}."
+        failed = "".join(f" You tried {f}, which failed: {self.REASONS[verdict]}." for f, verdict in problem["failed"])
+        example = '{"cards": ["A", "5", "K"], "number": [1, 5, 10], "formula": "(10-5)*1"}'
+        return f"{asked}{failed} {INSTRUCTION}, for example <answer>{example}</answer>."
+
+    def judge(self, text: str, problem: dict) -> tuple[str, str]:
+        """The formula of a completion, and the verdict on it; "limit" once CHECKS attempts have failed."""
+        answer = extract_answer(text) or ""
+        formula = points_formula(answer) or answer
+        seen = len(problem["failed"]) < self.CHECKS
+        return formula, points_verdict(formula, problem["numbers"], problem["target"]) if seen else "limit"
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        answer = extract_answer(text)
+        if problem["kind"] == "read":
+            return score(text, answer, answer == ",".join(map(str, problem["numbers"])), **kw)
+        _, verdict = self.judge(text, problem)
+        return score(text, answer, verdict == "correct", **kw) | {"verdict": verdict, "points": POINTS[verdict]}
+
+    def revise(self, problem: dict, text: str) -> dict:
+        """The problem of the next turn: this one, a failed attempt, and what was wrong with it (app. A.2)."""
+        formula, verdict = self.judge(text, problem)
+        return problem | {"failed": [*problem["failed"], [re.sub("[^-0-9+*/()=AJQK ]", "", formula)[:40], verdict]]}
+
+    def trace(self, problem: dict, rng: random.Random) -> str:
+        """The values of the cards, then Countdown's search, which ends on a miss where only fractions or numbers above
+        99 lead to the target.
+        """
+        values = ",".join(map(str, problem["numbers"]))
+        if problem["kind"] == "read":
+            return f"{values}\n</think><answer>{values}</answer>"
+        return (f"{values}\n" if problem["kind"] == "solve" else "") + Countdown(give_up=0.0).trace(problem, rng)
+
+    def describe(self, text: str, problem: dict) -> dict:
+        return Countdown().describe(text, problem)
+
+
+PEOPLE = "Ada Ben Cleo Dan Eve Fay Gus Hal".split()  # written A to H
+
+
+def truth(statement: list, roles: Sequence[float]) -> float:
+    """1 if the statement is true, 0 if false, 0.5 if what is known of the roles (1 knight, 0 knave) does not decide it.
+
+    A statement is [knight, i], [knave, i], [not, s], or [and | or | implies | iff, s, t]. (Kleene's strong logic.)
+
+    >>> truth(["or", ["knight", 0], ["knave", 1]], [1]), truth(["iff", ["knight", 0], ["knave", 1]], [1])
+    (1, 0.5)
+    """
+    kind, *parts = statement
+    if kind in ("knight", "knave"):
+        role = roles[parts[0]] if parts[0] < len(roles) else 0.5
+        return role if kind == "knight" else 1 - role
+    a, b = (truth(part, roles) for part in (parts[0], parts[-1]))
+    if kind == "not":
+        return 1 - a
+    if kind in ("and", "or"):
+        return min(a, b) if kind == "and" else max(a, b)
+    return max(1 - a, b) if kind == "implies" else min(max(1 - a, b), max(1 - b, a))
+
+
+def solve_knights(statements: list[list]) -> list[tuple[int, ...]]:
+    """All roles with which everybody is a knight if and only if his statement is true; knights come first."""
+    worlds = itertools.product((1, 0), repeat=len(statements))
+    return [w for w in worlds if all(truth(s, w) == role for s, role in zip(statements, w, strict=True))]
+
+
+@dataclass
+class KnightsAndKnaves:
+    """Who is a knight and only says what is true, who a knave and only says what is false? Puzzles with exactly one
+    solution; statements as in the data of arXiv:2505.13718, a claim, not, and, or, implies, iff over claims alike.
+    """
+
+    min_people: int = 2
+    max_people: int = 3
+
+    NATURAL = {"min_people": 3, "max_people": 7}
+    SIGNS = {"and": "&", "or": "|", "implies": ">", "iff": "="}
+    WORDS = {"and": "{} and {}", "or": "{} or {}", "implies": "if {} then {}", "iff": "{} if and only if {}"}
+
+    def __post_init__(self):
+        if not 2 <= self.min_people <= self.max_people <= len(PEOPLE):
+            raise BadInput(f"knights takes 2 to {len(PEOPLE)} people, not {self.min_people} to {self.max_people}")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        rng = random.Random(f"knights {split} {seed} {index}")
+        while True:  # half of the puzzles have exactly one solution
+            count = rng.randint(self.min_people, self.max_people)
+            problem = {"statements": [self.statement(count, rng) for _ in range(count)]}
+            if split_of(self.key(problem)) == split and len(solve_knights(problem["statements"])) == 1:
+                return problem
+
+    def statement(self, count: int, rng: random.Random) -> list:
+        claims = [[rng.choice(["knight", "knave"]), rng.randrange(count)] for _ in range(2)]
+        kind = rng.choice(["claim", "not", *self.SIGNS])
+        return claims[0] if kind == "claim" else [kind, *claims[: 1 if kind == "not" else 2]]
+
+    def key(self, problem: dict) -> str:
+        return self.compact(problem)
+
+    def compact(self, problem: dict) -> str:
+        """
+        >>> KnightsAndKnaves().compact({"statements": [["and", ["knight", 1], ["knave", 0]], ["not", ["knight", 0]]]})
+        'A:(B+&A-);B:~A+?<think>'
+        """
+        said = (f"{name[0]}:{self.signs(s)}" for name, s in zip(PEOPLE, problem["statements"], strict=False))
+        return ";".join(said) + "?<think>"
+
+    def signs(self, statement: list) -> str:
+        kind, *parts = statement
+        if kind in ("knight", "knave"):
+            return PEOPLE[parts[0]][0] + ("+" if kind == "knight" else "-")
+        inner = [self.signs(part) for part in parts]
+        return f"~{inner[0]}" if kind == "not" else f"({self.SIGNS[kind].join(inner)})"
+
+    def words(self, statement: list) -> str:
+        kind, *parts = statement
+        if kind in ("knight", "knave"):
+            return f"{PEOPLE[parts[0]]} is a {kind}"
+        inner = [self.words(part) for part in parts]
+        return f"it is not true that {inner[0]}" if kind == "not" else self.WORDS[kind].format(*inner)
+
+    def puzzle(self, problem: dict) -> str:
+        names = PEOPLE[: len(problem["statements"])]
+        said = [f'{name} says: "{self.words(s)}."' for name, s in zip(names, problem["statements"], strict=True)]
+        return (
+            f"There are {len(names)} people: {', '.join(names)}. Each is either a knight, who only says true things, "
+            f"or a knave, who only says false things. {' '.join(said)} Who is what?"
+        )
+
+    def question(self, problem: dict) -> str:
+        return f"{self.puzzle(problem)} {INSTRUCTION}, for example <answer>Ada: knight; Ben: knave</answer>."
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        """Both forms of an answer count, Ada: knight; Ben: knave and A+B-; everybody must be named once."""
+        answer, [roles] = extract_answer(text), solve_knights(problem["statements"])
+        said = (answer or "")[: MAX_ANSWER + 1].replace("knight", "+").replace("knave", "-")
+        for name in PEOPLE:
+            said = said.replace(name, name[0])
+        said = re.sub(r"[\s,;.:]|\bis an?\b|\band\b", "", said)
+        pairs = re.findall("[A-H][-+]", said)
+        right = [name[0] + "-+"[role] for name, role in zip(PEOPLE, roles, strict=False)]
+        return score(text, answer, sorted(pairs) == right and "".join(pairs) == said, **kw)
+
+    def search(self, statements: list[list]) -> tuple[str, list[int]]:
+        """Assume one role after the other, knight first: A+ knight, A- knave, !B: B's statement contradicts B's role,
+        so the last role that can changes. A line ends where an assumption fails. The roles in the end, or none.
+        """
+        text, roles = "", []
+        while len(roles) < len(statements):
+            roles.append(1)
+            text += f"{PEOPLE[len(roles) - 1][0]}+"
+            while wrong := [i for i, role in enumerate(roles) if truth(statements[i], roles) == 1 - role]:
+                text += f"!{PEOPLE[wrong[0]][0]}\n"
+                while roles and not roles[-1]:
+                    roles.pop()
+                if not roles:
+                    return text, []
+                roles[-1] = 0
+                text += f"{PEOPLE[len(roles) - 1][0]}-"
+        return text, roles
+
+    def trace(self, problem: dict, rng: random.Random) -> str:
+        thought, roles = self.search(problem["statements"])
+        answer = "".join(name[0] + "-+"[role] for name, role in zip(PEOPLE, roles, strict=False))
+        return f"{thought}\n</think><answer>{answer}</answer>"
+
+
+COMPASS = "north northeast east southeast south southwest west northwest".split()
+BEARINGS = "ahead,ahead right,right,behind right,behind,behind left,left,ahead left".split(",")  # of a landmark
+LANDMARKS = (  # written A to T
+    "Alder Inn,Birch Hall,Cedar Bank,Dune Cafe,Elm School,Fern Bakery,Grove Museum,Hill Tower,Iris Hotel,Jade Market,"
+    "Kite Shop,Lake House,Moss Library,New Gate,Oak Theatre,Pine Court,Quay Station,Rose Garden,Stone Bridge,Tulip Bar"
+).split(",")
+ACTIONS = {"forward()": "f", "stop()": "!"}  # in full, and in a few characters
+ACTIONS |= {f"turn_direction({word})": word[0] + word[5:6] for word in COMPASS}
+TURNS = {"left": "<<", "slightly left": "<", "slightly right": ">", "right": ">>"}
+ACTIONS |= {f"turn_direction({word})": sign for word, sign in TURNS.items()}
+
+
+def turn_word(previous: int, heading: int, space: str) -> str:
+    """What turns a walker from one heading to another (degrees clockwise from north): "absolute", the compass word of
+    the new heading's 45-degree sector; "relative", left or right by the sign of the turn in (-180, 180], slightly up to
+    45 degrees. Source: arXiv:2501.17161 app. B, whose code forgets to wrap the turn (350 to 10 is left there).
+
+    >>> turn_word(350, 10, "absolute"), turn_word(350, 10, "relative"), turn_word(0, 180, "relative")
+    ('north', 'slightly right', 'right')
+    """
+    if space == "absolute":
+        return COMPASS[round(heading / 45) % 8]
+    turn = 180 - (previous - heading + 180) % 360
+    return ("slightly " if abs(turn) <= 45 else "") + ("right" if turn > 0 else "left")
+
+
+@dataclass
+class Navigation:
+    """Follow a route through a town in words (arXiv:2501.17161 app. B, text only): turn, walk on to the intersection
+    with the landmark, and so on. An instruction names each turn both ways; the space of actions decides which counts.
+    The paper trains on absolute actions and tests on relative ones. All is seen at once; the split ignores the space.
+    """
+
+    min_legs: int = 1
+    max_legs: int = 3
+    max_steps: int = 3  # forward moves of a leg
+    grain: int = 45  # headings are multiples of so many degrees
+    space: str = "absolute"
+    basics: float = 0.0  # share of easier training problems: one turn and stop, in either space
+
+    NATURAL = {"min_legs": 2, "max_legs": 6}
+
+    def __post_init__(self):
+        if not 1 <= self.min_legs <= self.max_legs <= 20 or self.max_steps < 1 or not 1 <= self.grain <= 180:
+            raise BadInput(f"{self}: 1 <= min_legs <= max_legs <= 20, max_steps >= 1, grain 1 to 180 are allowed")
+        if self.space not in ("absolute", "relative") or not 0 <= self.basics <= 1:
+            raise BadInput(f"{self}: space is absolute or relative, basics 0 to 1")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        """Each leg is heading, forward moves, landmark and its bearing at the end."""
+        rng = random.Random(f"navigation {split} {seed} {index}")
+        easy = split == "train" and rng.random() < self.basics
+        headings, steps = range(0, 360, self.grain), 0 if easy else self.max_steps
+        while True:
+            places = rng.sample(range(20), 1 if easy else rng.randint(self.min_legs, self.max_legs))
+            legs = [[rng.choice(headings), rng.randint(min(1, steps), steps), p, rng.randrange(8)] for p in places]
+            problem = {"start": rng.choice(headings), "legs": legs}
+            problem["space"] = rng.choice(["absolute", "relative"]) if easy else self.space
+            if easy or split_of(self.key(problem)) == split:
+                return problem
+
+    def key(self, problem: dict) -> str:
+        return self.compact(problem)[1:]
+
+    def turns(self, problem: dict, space: str) -> list[str]:
+        """The turn at the beginning of each leg, in words."""
+        headings = [problem["start"], *(leg[0] for leg in problem["legs"])]
+        return [turn_word(*pair, space) for pair in itertools.pairwise(headings)]
+
+    def seen(self, problem: dict) -> list[list[tuple | None]]:
+        """Of each leg, what is seen after each forward move: nothing, but (landmark, bearing) at its end."""
+        return [[None] * (steps - 1) + [(p, bearing)] * min(1, steps) for _, steps, p, bearing in problem["legs"]]
+
+    def actions(self, problem: dict) -> list[str]:
+        """The expert's actions, in full."""
+        turns = (f"turn_direction({word})" for word in self.turns(problem, problem["space"]))
+        walks = [[turn, *["forward()"] * leg[1]] for turn, leg in zip(turns, problem["legs"], strict=True)]
+        return [action for walk in walks for action in walk] + ["stop()"]
+
+    def compact(self, problem: dict) -> str:
+        """The space, the instructions, and what is seen on the way.
+
+        >>> Navigation().compact({"start": 0, "legs": [[90, 2, 1, 6], [0, 1, 5, 2]], "space": "relative"})
+        'R>>e B6;<<n F2|.B6F2<think>'
+        """
+        words = zip(self.turns(problem, "relative"), self.turns(problem, "absolute"), strict=True)
+        turns = [ACTIONS[f"turn_direction({rel})"] + ACTIONS[f"turn_direction({to})"] for rel, to in words]
+        marks = ["".join(f"{chr(65 + s[0])}{s[1]}" if s else "." for s in leg) for leg in self.seen(problem)]
+        told = [f"{turn} {mark.lstrip('.')}".rstrip() for turn, mark in zip(turns, marks, strict=True)]
+        return f"{problem['space'][0].upper()}{';'.join(told)}|{''.join(marks)}<think>"
+
+    def question(self, problem: dict) -> str:
+        lines, views = [], []
+        words = zip(self.turns(problem, "relative"), self.turns(problem, "absolute"), self.seen(problem), strict=True)
+        for i, (turn, to, seen) in enumerate(words, 1):
+            lines.append(f"{'First' if i == 1 else 'Then'}, turn {turn} to face {to}.")
+            marks = [f"{LANDMARKS[s[0]]} is {BEARINGS[s[1]]}" if s else "" for s in seen]
+            views += [f"{mark}; an intersection." if mark else "No landmarks nearby." for mark in marks]
+            if marks:
+                where = "the destination" if i == len(problem["legs"]) else "the next intersection"
+                lines.append(f"Move forward until you reach {where}, where {marks[-1]}.")
+        space = ", ".join(TURNS if problem["space"] == "relative" else COMPASS)
+        return (
+            f"Follow the instructions: {' '.join(lines)} After each move forward you see, in this order: "
+            f"{' '.join(views) or 'nothing.'} Your actions are forward(), stop() and turn_direction(x), where x is one "
+            f"of {space}. {INSTRUCTION}, all actions in order: <answer>turn_direction(x), forward(), stop()</answer>."
+        )
+
+    def said(self, text: str) -> list[str]:
+        """The actions of a completion's answer, in full; both forms count."""
+        words = re.findall(r"[a-z_]+\([a-z ]*\)|[^\s,;]+", (extract_answer(text) or "")[:10_000])
+        full = {short: action for action, short in ACTIONS.items()}
+        return [full.get(word, word) for word in words]
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score(text, extract_answer(text), self.said(text) == self.actions(problem), **kw)
+
+    def describe(self, text: str, problem: dict) -> dict:
+        """The share of the expert's actions that stand at their place (the paper's per-step accuracy)."""
+        right = self.actions(problem)
+        return {"right_actions": sum(map(operator.eq, self.said(text), right)) / len(right)}
+
+    def trace(self, problem: dict, rng: random.Random) -> str:
+        """A line per leg, its actions and what is seen after each; then the actions."""
+        actions = [ACTIONS[action] for action in self.actions(problem)]
+        rest, lines = iter(actions), []
+        for leg in self.seen(problem):
+            views = (f"{chr(65 + s[0])}{s[1]}" if s else "." for s in leg)
+            lines.append(" ".join([next(rest), *(next(rest) + view for view in views)]) + "\n")
+        return f"{''.join(lines)}</think><answer>{' '.join(actions)}</answer>"
 
 
 @dataclass
@@ -883,15 +1318,18 @@ class Windows:
 
 TASKS = {"countdown": Countdown, "multiplication": Multiplication, "gsm8k": GSM8K, "math": Math}
 TASKS |= {"affine": AffineChain, "s3": S3, "prosqa": ProsQA, "chains": Chains}
-Task = Countdown | Multiplication | GSM8K | AffineChain | S3 | ProsQA
+TASKS |= {"generalpoints": GeneralPoints, "knights": KnightsAndKnaves, "navigation": Navigation}
+Task = Countdown | Multiplication | GSM8K | AffineChain | S3 | ProsQA | GeneralPoints | KnightsAndKnaves | Navigation
 
 
 def make_task(spec: str, data: str = "", natural: bool = False) -> Task:
-    """The task of a spec such as `multiplication:max_digits=3`; natural: defaults for a real model."""
+    """The task of a spec such as `multiplication:max_digits=3`; natural: defaults for a real model. With the knob
+    pool=N, which every task has, training knows N problems of its stream only, over and over.
+    """
     name, _, pairs = spec.partition(":")
     if name not in TASKS:
         raise BadInput(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
-    types = {field.name: field.type for field in fields(TASKS[name])}
+    types = {field.name: field.type for field in fields(TASKS[name])} | {"pool": int}
     if data and "data" not in types:
         raise BadInput(f"task {name} makes its own problems and reads no data file; drop {data!r}")
     knobs = (TASKS[name].NATURAL if natural else {}) | ({"data": data} if data else {})
@@ -902,7 +1340,12 @@ def make_task(spec: str, data: str = "", natural: bool = False) -> Task:
         except (KeyError, ValueError):
             known = ", ".join(f"{knob}={kind.__name__}" for knob, kind in types.items())
             raise BadInput(f"task {name} does not understand {pair!r}; its knobs are {known}") from None
-    return TASKS[name](**knobs)
+    pool = knobs.pop("pool", 0)
+    task = TASKS[name](**knobs)
+    if pool > 0:
+        draw = task.problem
+        task.problem = lambda split, seed, index: draw(split, seed, index % pool if split == "train" else index)
+    return task
 
 
 def heldout(task: Task, count: int, seed: int = 0) -> list[dict]:
@@ -952,19 +1395,25 @@ def read_problems(path: str, field: str, scorer: Callable) -> list[dict]:
         raise BadInput(
             f"gsm8k and math read a file: give --data FILE.jsonl, or gsm8k:data=FILE.jsonl, with fields {field}, answer"
         )
+    return read_jsonl(path, lambda row: read_problem(row, field, scorer))
+
+
+def read_jsonl(path: str, read: Callable) -> list:
+    """`read` of the JSON value in each line of a file; BadInput names the line where that, or `read`, does not work."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read the data file {path}: {error}") from None
-    problems = []
+    found = []
     for number, line in enumerate(lines, 1):
         try:
-            problems += [read_problem(json.loads(line), field, scorer)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{path}, line {number}: {error}: {line[:40]!r}") from None
-    if not problems:
+            found += [read(json.loads(line))] if line.strip() else []
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            what = error if isinstance(error, ValueError) else repr(error)
+            raise BadInput(f"{path}, line {number}: {what}: {line[:40]!r}") from None
+    if not found:
         raise BadInput(f"{path} is empty; it must hold one JSON object per line")
-    return problems
+    return found
 
 
 def read_problem(row: dict, field: str, scorer: Callable) -> dict:
@@ -981,6 +1430,81 @@ def read_problem(row: dict, field: str, scorer: Callable) -> dict:
 @functools.lru_cache(maxsize=4)
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"epoch {seed} {epoch}").sample(range(count), count)
+
+
+# ------------------------------------------------------------------------------------------------- traces
+# What sft.py does to the text of a trace before it is learnt: a thought, line by line, </think>, an answer.
+
+
+def shortened(trace: str, cot: str) -> str:
+    """A trace with all of its thought (long), the thought's last line (short), or none of it (none).
+
+    >>> shortened("2+3=5>1\\n3-2=1=1\\n</think><answer>3-2</answer>", "short")
+    '3-2=1=1\\n</think><answer>3-2</answer>'
+    """
+    thought, tag, answer = trace.partition("</think>")
+    lines = thought.splitlines(keepends=True)
+    return "".join(lines[{"long": 0, "short": -1, "none": len(lines)}[cot] :]) + tag + answer
+
+
+PERTURB = "shuffle", "delete", "insert", "digits", "answer"
+
+
+def perturbed(trace: str, rule: str, rng: random.Random, other: str = "") -> str:
+    """A trace damaged by a rule such as shuffle:0.67, none if it is empty. That share of the lines of the thought
+    changes places (shuffle), goes (delete) or gets a line of `other` in front (insert), or each of its digits is drawn
+    anew with that probability (digits). answer: with that probability the answer is wrong, every digit one more and
+    + and - exchanged. Source: arXiv:2502.07374 sec. 4, which also removes keywords.
+    """
+    kind, _, number = rule.partition(":")
+    if rule and (kind not in PERTURB or not re.fullmatch(r"0?\.[0-9]+|1", number)):
+        raise BadInput(f"--perturb {rule}: one of {', '.join(PERTURB)}, a colon and a share from 0 to 1 are needed")
+    share = float(number or 0)
+    thought, tag, answer = trace.partition("</think>")
+    lines, foreign = (text.partition("</think>")[0].splitlines(keepends=True) for text in (thought, other))
+    places = sorted(rng.sample(range(len(lines)), round(share * len(lines))))
+    if kind == "shuffle":
+        for place, line in zip(places, rng.sample([lines[i] for i in places], len(places)), strict=True):
+            lines[place] = line
+    elif kind == "delete":
+        lines = [line for i, line in enumerate(lines) if i not in places]
+    elif kind == "insert" and foreign:
+        for place in places[::-1]:
+            lines.insert(place, rng.choice(foreign))
+    elif kind == "digits":
+        damage = lambda digit: rng.choice("0123456789") if rng.random() < share else digit[0]  # noqa: E731
+        lines = [re.sub("[0-9]", damage, line) for line in lines]
+    elif kind == "answer" and rng.random() < share:
+        answer = answer.translate(str.maketrans("0123456789+-", "1234567890-+"))
+    return "".join(lines) + tag + answer
+
+
+def decontaminated(items: list[dict], heldout: list[str], n: int = 8) -> list[dict]:
+    """The items whose "prompt" shares no n words in a row with a held-out text; what most of these share is a template
+    and does not count. A text of fewer words counts as a whole. Source: arXiv:2501.19393 sec. 2.1.
+    """
+
+    def grams(text: str) -> set[tuple[str, ...]]:
+        words = re.findall(r"\w+|[^\w\s]", text.lower())
+        return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
+
+    counts = Counter(gram for text in heldout for gram in grams(text))
+    seen = {gram for gram, count in counts.items() if count <= max(1, len(heldout) / 2)}
+    return [item for item in items if not seen & grams(item["prompt"])]
+
+
+LIMO_WORDS = ("check", "verify"), ("perhaps", "might"), ("therefore", "since")  # verify, tentative, connective
+
+
+def limo_scores(items: list[dict]) -> list[float]:
+    """Rule score of each "completion" of some "length": .30 length + .20 verify + .25 tentative + .25 connective, the
+    word counts over the length, each feature over its largest value (how LIMO scales is not published, nor all words).
+    Source: arXiv:2502.03387 sec. 3.
+    """
+    counts = ([sum(map(i["completion"].lower().count, words)) for words in LIMO_WORDS] for i in items)
+    features = [(i["length"], *(n / i["length"] for n in row)) for i, row in zip(items, counts, strict=True)]
+    most = [max(column) or 1 for column in zip(*features, strict=True)]
+    return [sum(w * x / m for w, x, m in zip((0.3, 0.2, 0.25, 0.25), row, most, strict=True)) for row in features]
 
 
 # ------------------------------------------------------------------------------------------- expressions
@@ -1001,16 +1525,23 @@ def parse_expression(text: str) -> tuple[Fraction, list[int]]:
     >>> parse_expression("7 / 2 * (4 - 1)")
     (Fraction(21, 2), [7, 2, 4, 1])
     """
+    tokens = expression_tokens(text)
+    try:
+        value = evaluate(to_postfix(tokens), ARITHMETIC, Fraction)
+    except ZeroDivisionError:
+        raise ValueError("division by zero") from None
+    return value, [int(token) for token in tokens if token.isdigit()]
+
+
+def expression_tokens(text: str) -> list[str]:
+    """Numerals, operators and parentheses of such an expression; ValueError for anything else."""
     tokens = re.findall(r"[0-9]+|[-+*/()]", text[:501])
     if len(text) > 500 or len(tokens) > 200 or "".join(tokens) != re.sub(r"[ \t\r\n]", "", text):
         raise ValueError("too long, or characters other than digits, + - * / ( ) and spaces")
     numerals = [token for token in tokens if token.isdigit()]
     if any(len(numeral) > 12 or (numeral[0] == "0" and numeral != "0") for numeral in numerals):
         raise ValueError("a numeral has more than 12 digits or a leading zero")
-    try:
-        return evaluate(to_postfix(tokens), ARITHMETIC, Fraction), [int(numeral) for numeral in numerals]
-    except ZeroDivisionError:
-        raise ValueError("division by zero") from None
+    return tokens
 
 
 def to_postfix(tokens: list[str]) -> list[str]:

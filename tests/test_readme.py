@@ -50,6 +50,26 @@ def test_there_are_commands():
     assert len(COMMANDS) >= 8
 
 
+DATA = (ROOT / "docs" / "sft_experiments.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"^    +(python .*)$", DATA, re.MULTILINE))))
+def test_experiments_parse(line):
+    """The shell's variables stand for numbers, tasks and rules; the tasks exist."""
+    named = dict(re.findall(r"(\w+)=((?:countdown|generalpoints|knights)\S*?)(?:;|\n)", DATA))
+    line = re.sub(r"\$\(last [^)]*\)", "tiny", line)
+    line = re.sub(r"--perturb \$rule", "--perturb shuffle:0.67", line)
+    line = re.sub(r"--select \$rule", "--select random", line)
+    line = re.sub(r"--loss_on \$part", "--loss_on answer", line)
+    line = re.sub(r"--task \$(\w+)", lambda m: f"--task {named[m[1]]}", line)
+    _, script, *argv = shlex.split(re.sub(r"\$\w+", "2", line))
+    if "--resume" not in argv:
+        cfg = SCRIPTS[script].parse_config(SCRIPTS[script].Config, argv)
+        rewards.make_task(cfg.task)
+        if script == "sft.py":
+            sft.check_flags(cfg)
+
+
 def test_flags_and_functions_exist():
     flags = set(re.findall(r"(?<![\w-])--(\w+)", README)) - {"fix", "help", "standalone", "nproc_per_node"}
     known = {name for module in SCRIPTS.values() for name in module.Config.__dataclass_fields__}
@@ -94,5 +114,6 @@ def test_every_metric_of_a_run_is_explained(tmp_path):
     written = {re.sub(r"/tiny/\w+?(_se|)$", r"/model/side\1", name) for name in written}  # budget_forcing.py
     assert written - explained == set()
     optional = {"completion_length/correct", "reflections/correct", "eval/accuracy_not_given_up", "entropy"}
-    optional |= {"explained_variance", "flipped/model/side"}
+    optional |= {"explained_variance", "flipped/model/side", "kept"}  # or what other tasks and flags write
+    optional |= {place + name for place in ("", "eval/") for name in ("first_notation", "mixed", "right_actions")}
     assert explained - written - optional == set()  # only what a batch without right answers lacks

@@ -342,7 +342,13 @@ SCORERS = {
     "multiplication": lambda text: rewards.score_multiplication(text, 12, 34),
     "gsm8k": lambda text: rewards.score_gsm8k(text, "18"),
     "math": lambda text: rewards.score_math(text, "x^2-1"),
+    "generalpoints": lambda text: rewards.GeneralPoints().score(text, HAND),
+    "knights": lambda text: rewards.KnightsAndKnaves().score(text, PUZZLE),
+    "navigation": lambda text: rewards.Navigation().score(text, ROUTE),
 }
+HAND = {"kind": "solve", "rule": 13, "cards": ["3", "J", "K"], "numbers": [3, 11, 13], "target": 24, "failed": []}
+PUZZLE = {"statements": [["knave", 1], ["or", ["knight", 1], ["knave", 1]]]}  # A-B+
+ROUTE = {"start": 350, "legs": [[10, 1, 0, 6], [190, 2, 3, 1]], "space": "relative"}
 
 
 def seconds_of(score, text: str, bound: float) -> float:
@@ -450,6 +456,13 @@ GENERATED = [
     (rewards.Multiplication(), swapped),
     (rewards.Multiplication(1, 1), swapped),
     (rewards.make_task("multiplication", natural=True), swapped),
+    (rewards.GeneralPoints(turns=3), reversed_numbers),
+    (rewards.GeneralPoints(rule=13, faces=1, basics=0.4), reversed_numbers),
+    (rewards.make_task("generalpoints", natural=True), reversed_numbers),
+    (rewards.KnightsAndKnaves(), dict),
+    (rewards.make_task("knights", natural=True), dict),
+    (rewards.Navigation(), lambda problem: problem | {"space": "relative"}),
+    (rewards.make_task("navigation:grain=1", natural=True), lambda problem: problem | {"space": "relative"}),
 ]
 
 
@@ -592,6 +605,139 @@ def test_countdown_trace_marks():
 def test_countdown_describe(text, expected):
     got = rewards.Countdown().describe(text, {"numbers": [1, 2, 3], "target": 5})
     assert (got["tries"], got["distinct_tries"], got["gave_up"]) == expected
+
+
+def test_two_notations():
+    """Tries in signs and in letters; the consistency reward is the share of those in signs (R1)."""
+    task, problem = rewards.Countdown(worded=0.5, consistency=0.5), {"numbers": [4, 4, 6], "target": 6}
+    text = "4x6x4e24x4e96>6\nwait4*6/4=24/4=6=6\n</think><answer>4*6/4</answer>"
+    assert task.describe(text, problem) == {
+        "tries": 2, "distinct_tries": 2, "gave_up": False, "first_notation": 0.5, "mixed": True,
+    }  # fmt: skip
+    assert task.score(text, problem)["total"] == 1.1 + 0.25
+    assert rewards.Countdown(consistency=1.0).describe("</think>", problem)["first_notation"] == 1.0
+    traces = [task.trace(task.problem("train", 0, i), random.Random(i)) for i in range(300)]
+    lines = [line for trace in traces for line in trace.partition("</think>")[0].splitlines()]
+    share = sum("e" in line for line in lines) / len(lines)
+    assert 0.4 < share < 0.6 and not any("e" in line and "=" in line for line in lines)
+    plain = rewards.Countdown()  # whose traces are the same but for the notation
+    for i, trace in enumerate(traces[:50]):
+        problem = plain.problem("train", 0, i)
+        details = task.describe(trace, problem)
+        assert details["tries"] == plain.describe(plain.trace(problem, random.Random(i)), problem)["tries"]
+
+
+def test_generalpoints_hands():
+    """Ranks, values under both rules, a face card where asked for, one target or one of each hand's own."""
+    for task in (rewards.GeneralPoints(), rewards.GeneralPoints(rule=13, faces=1), rewards.GeneralPoints(4, 24)):
+        for p in (task.problem(split, 1, i) for split in ("train", "test") for i in range(20)):
+            values = {card: value if task.rule == 13 else min(10, value) for card, value in rewards.RANKS.items()}
+            assert p["numbers"] == [values[card] for card in p["cards"]] and len(p["cards"]) == task.cards
+            assert sum(card in "JQK" for card in p["cards"]) >= task.faces
+            assert task.target in (0, p["target"]) and rewards.solve_countdown(p["numbers"], p["target"])
+    assert task.compact(HAND) == "R13|3,J,K=24<think>" and "K as 13" in task.question(HAND)
+
+
+def test_generalpoints_traces_are_right_after_the_values():
+    task = rewards.GeneralPoints(basics=0.5)
+    kinds, misses = Counter(), 0
+    for i in range(200):
+        p = task.problem("train", 0, i)
+        trace = task.trace(p, random.Random(i))
+        kinds[p["kind"]] += 1
+        attempts = rewards.countdown_attempts(tuple(sorted(p["numbers"])), "+-*/", 99)
+        in_reach = p["kind"] == "read" or p["target"] in {value for value, _, _ in attempts}
+        assert task.score(trace, p)["correct"] == in_reach
+        misses += not in_reach
+        if p["kind"] != "plain":
+            assert trace.startswith(",".join(map(str, p["numbers"])) + "\n")
+    assert misses < 6 and 75 < kinds["solve"] < 125 and min(kinds["read"], kinds["plain"]) > 30
+    assert {task.problem("test", 0, i)["kind"] for i in range(50)} == {"solve"}
+    read = HAND | {"kind": "read", "target": 0}
+    assert task.compact(read) == "R13|3,J,K?<think>" and task.score("</think><answer>3,11,13</answer>", read)["correct"]
+    assert not task.score("</think><answer>3,10,10</answer>", read)["correct"]
+
+
+def test_generalpoints_revision():
+    """A failed attempt and its verdict stand in the next prompt, and the generated ones are failures too."""
+    task = rewards.GeneralPoints(rule=13, turns=5)
+    after = task.revise(HAND, '</think><answer>{"formula": "13+11*3"}</answer>')
+    assert after["failed"] == [["13+11*3", "wrong_value"]] and not HAND["failed"]
+    after = task.revise(task.revise(after, "<answer>3*11</answer>"), "<answer>\x1b<think>3+</answer>")
+    assert task.compact(after) == "R13|3,J,K=24 13+11*3#v 3*11#n 3+#s<think>"
+    assert "You tried 3*11, which failed" in task.question(after)
+    counts = Counter()
+    for i in range(200):
+        p = task.problem("train", 0, i)
+        counts[len(p["failed"])] += 1
+        for formula, verdict in p["failed"]:
+            assert verdict == rewards.points_verdict(formula, p["numbers"], p["target"]) != "correct"
+    assert set(counts) == {0, 1, 2, 3, 4} and min(counts.values()) > 20
+
+
+@pytest.mark.parametrize("spec", ["generalpoints:cards=5", "generalpoints:rule=11", "generalpoints:turns=6",
+                                  "knights:max_people=9", "navigation:space=up", "navigation:min_legs=0"])  # fmt: skip
+def test_bad_knobs(spec):
+    with pytest.raises(BadInput, match="allowed|takes 2 to 8|absolute or relative"):
+        rewards.make_task(spec)
+
+
+def test_knights_have_one_solution_and_traces_find_it():
+    task, kinds = rewards.KnightsAndKnaves(2, 5), Counter()
+    for p in (task.problem(split, 0, i) for split in ("train", "test") for i in range(150)):
+        [roles] = rewards.solve_knights(p["statements"])
+        thought, found = task.search(p["statements"])
+        assert tuple(found) == roles and task.score(task.trace(p, random.Random(0)), p)["total"] == 1.1
+        assert thought.count("!") == thought.count("\n")  # a line per dead end
+        kinds.update(statement[0] for statement in p["statements"])
+    kinds["claim"] = kinds.pop("knight") + kinds.pop("knave")
+    assert set(kinds) == {"claim", "not", "and", "or", "implies", "iff"}
+    assert max(kinds.values()) < 2.5 * min(kinds.values())
+
+
+@pytest.mark.parametrize(
+    "answer, right",
+    [
+        ("A-B+", True),
+        ("B+, A-", True),
+        ("Ada: knave; Ben: knight", True),
+        ("Ada is a knave and Ben is a knight.", True),
+        ("A-", False),
+        ("A-B+A-", False),
+        ("A-B+A+", False),
+        ("A-B+C+", False),
+        ("Ada is not a knave, Ben is a knight", False),
+        ("", False),
+    ],
+)
+def test_knights_answers(answer, right):
+    assert rewards.solve_knights([["knave", 1], ["knight", 1]]) == [(1, 0), (0, 1)]
+    assert rewards.solve_knights(PUZZLE["statements"]) == [(0, 1)]
+    assert rewards.KnightsAndKnaves().score(f"</think><answer>{answer}</answer>", PUZZLE)["correct"] == right
+
+
+def test_navigation_routes():
+    task = rewards.Navigation()
+    assert task.compact(ROUTE) == "R>n A6;>>s D1|A6.D1<think>"
+    actions = ["turn_direction(slightly right)", "forward()", "turn_direction(right)", *["forward()"] * 2, "stop()"]
+    assert task.actions(ROUTE) == actions
+    assert task.trace(ROUTE, None) == "> fA6\n>> f. fD1\n</think><answer>> f >> f f !</answer>"
+    for answer in (", ".join(actions), "> f >> f f !", ">,f,>>,f,f,!"):
+        assert task.score(f"</think><answer>{answer}</answer>", ROUTE)["correct"]
+    wrong = "</think><answer>> f > f f !</answer>"
+    assert not task.score(wrong, ROUTE)["correct"] and task.describe(wrong, ROUTE)["right_actions"] == 5 / 6
+    other = ROUTE | {"space": "absolute"}
+    assert task.compact(other)[1:] == task.compact(ROUTE)[1:] and task.actions(other)[0] == "turn_direction(north)"
+    asked = task.question(ROUTE)
+    assert "turn slightly right to face north" in asked and "Alder Inn is ahead" not in asked
+    assert "the next intersection, where Alder Inn is left" in asked and "slightly right, right. Think" in asked
+    for space in ("absolute", "relative"):
+        task = rewards.Navigation(space=space, basics=0.3)
+        routes = [task.problem("train", 0, i) for i in range(200)]
+        assert all(task.score(task.trace(p, random.Random(0)), p)["total"] == 1.1 for p in routes)
+        easy = [p for p in routes if p["legs"][0][1] == 0]
+        assert 40 < len(easy) < 80 and {p["space"] for p in easy} == {"absolute", "relative"}
+        assert all(task.problem("test", 0, i)["space"] == space for i in range(50))
 
 
 def test_multiplication_task():
@@ -797,6 +943,66 @@ def test_chains_task(tmp_path):
 @pytest.mark.parametrize("text, right", [("### 1,080", True), ("x\n#### 1080\n", True), ("1080 #", False), ("", False)])
 def test_score_last_line(text, right):
     assert rewards.score_last_line(text, "1080")["correct"] == right
+
+
+TRACE = "1+2=3>2\n2-1=1<2\n2*1=2=2\n</think><answer>2*1-0</answer>"
+
+
+@pytest.mark.parametrize(
+    "rule, check",
+    [
+        ("", lambda lines, answer: "".join(lines) + answer == TRACE),
+        ("shuffle:1", lambda lines, answer: sorted(lines) == sorted(TRACE.splitlines(True)[:3]) and answer in TRACE),
+        ("delete:.67", lambda lines, answer: len(lines) == 1 and lines[0] in TRACE and answer in TRACE),
+        ("delete:1", lambda lines, answer: not lines and answer in TRACE),
+        ("insert:0.67", lambda lines, answer: lines.count("other\n") == 2 and len(lines) == 5 and answer in TRACE),
+        ("digits:1", lambda lines, _: [re.sub("[0-9]", "", line) for line in lines] == ["+=>\n", "-=<\n", "*==\n"]),
+        ("answer:1", lambda lines, answer: "".join(lines) in TRACE and answer == "</think><answer>3*2+1</answer>"),
+    ],
+)
+def test_perturbed(rule, check):
+    texts = [rewards.perturbed(TRACE, rule, random.Random(seed), "other\n</think>z") for seed in range(20)]
+    for text in texts:
+        thought, tag, answer = text.partition("</think>")
+        assert check(thought.splitlines(keepends=True), tag + answer), text
+    assert texts == [rewards.perturbed(TRACE, rule, random.Random(seed), "other\n</think>z") for seed in range(20)]
+    assert (len(set(texts)) > 1) == (rule not in ("", "delete:1", "answer:1"))
+
+
+def test_perturbed_by_share():
+    answers = [rewards.perturbed(TRACE, "answer:0.3", random.Random(seed)) != TRACE for seed in range(500)]
+    assert 0.23 < sum(answers) / 500 < 0.37
+    digits = [rewards.perturbed(TRACE, "digits:0.5", random.Random(seed)) for seed in range(500)]
+    changed = sum(a != b for text in digits for a, b in zip(text, TRACE, strict=True)) / 500 / 12  # in the thought
+    assert 0.4 < changed < 0.5  # a tenth of those drawn anew stays the same
+    for rule in ("mix:0.5", "shuffle", "shuffle:2", "shuffle:x", ":0.5"):
+        with pytest.raises(BadInput, match="--perturb .*shuffle, delete, insert, digits, answer"):
+            rewards.perturbed(TRACE, rule, random.Random(0))
+
+
+def test_shortened():
+    assert rewards.shortened(TRACE, "long") == TRACE
+    assert rewards.shortened(TRACE, "short") == "2*1=2=2\n</think><answer>2*1-0</answer>"
+    assert rewards.shortened(TRACE, "none") == "</think><answer>2*1-0</answer>" == rewards.shortened(TRACE[24:], "long")
+    assert rewards.shortened("</think>x", "short") == "</think>x"
+
+
+def test_decontaminated():
+    """Eight words in a row of one held-out text; those that most of them share do not count."""
+    template = "Please answer this question and think aloud for a while: "
+    held = [template + f"what is the sum of {n} and two times seven" for n in ("three", "four", "nine", "one")]
+    items = [{"prompt": template + "name the capital of a country that you like"}]
+    items += [{"prompt": "Tell me: what is the SUM, of three and two times seven"}]
+    items += [{"prompt": "Now what is the sum of three and two times seven, please?"}]
+    assert rewards.decontaminated(items, held, 8) == items[:2]  # a comma is a word
+    assert rewards.decontaminated(items, held, 4) == items[:1]
+    assert rewards.decontaminated([{"prompt": "a b"}, {"prompt": "a b c"}], ["a b"], 8) == [{"prompt": "a b c"}]
+
+
+def test_pool_of_training_problems():
+    task, whole = rewards.make_task("countdown:pool=3,high=12"), rewards.make_task("countdown:high=12")
+    assert [task.problem("train", 0, i) for i in range(7)] == [whole.problem("train", 0, i % 3) for i in range(7)]
+    assert [task.problem("test", 0, i) for i in range(7)] == [whole.problem("test", 0, i) for i in range(7)]
 
 
 def test_heldout():

@@ -673,6 +673,15 @@ def test_ranks_give_the_same_gradient(run_ranks, cwd, script, world, flags, half
         assert [row["tokens"] for row in a] == [row["tokens"] for row in b]
 
 
+def test_ranks_sample_the_same_file(run_ranks, cwd):
+    """Rejection sampling over more problems than one chunk, shared by three ranks."""
+    for n in (1, 3):
+        codes, _ = run_ranks("sft", n, f"--sample 70 --keep all --eval_problems 0 --out {n}")
+        assert codes == [0] * n
+    one, other = (lines_of(cwd / str(n) / "sampled.jsonl") for n in (1, 3))
+    assert one == other and len({line["prompt"] for line in one}) > 5
+
+
 LAUNCH = ["-m", "torch.distributed.run"]
 
 
@@ -917,12 +926,27 @@ BAD_SFT = {
     "--data {given}/none.jsonl": "{given}/none.jsonl",
     "--data {given}": "{given}",
     "--data {given}/empty.jsonl": "{given}/empty.jsonl is empty",
-    "--data {given}/no-completion.jsonl": "{given}/no-completion.jsonl line 2",
-    "--data {given}/cut.jsonl": "{given}/cut.jsonl line 2",
-    "--data {given}/number.jsonl": "{given}/number.jsonl line 2",
-    "--data {given}/list.jsonl": "{given}/list.jsonl line 2",
+    "--data {given}/no-completion.jsonl": "{given}/no-completion.jsonl, line 2",
+    "--data {given}/cut.jsonl": "{given}/cut.jsonl, line 2",
+    "--data {given}/number.jsonl": "{given}/number.jsonl, line 2",
+    "--data {given}/list.jsonl": "{given}/list.jsonl, line 2",
     "--data {given}/latin.jsonl": "{given}/latin.jsonl",
     "--data {given}/messages.jsonl": "--chat",
+    "--data {given}/messages.jsonl --select random:2": "--chat",
+    "--data {given}/pairs.jsonl --cot none": "{given}/pairs.jsonl, line 1: --cot, --perturb and",
+    "--data {given}/pairs.jsonl --select limo:2": "no example passes --select limo:2",
+    "--data {given}/pairs.jsonl --select s1": "--select s1: one of s1, limo, random, longest, a colon and a number",
+    "--data {given}/pairs.jsonl --select s1:2 --weak {given}/none.jsonl": "{given}/none.jsonl",
+    "--data {given}/pairs.jsonl --select s1:2 --weak {given}/pairs.jsonl": "line 1: KeyError('correct')",
+    "--select random:2": "--select and --decontaminate choose lines: give --data",
+    "--decontaminate 8": "give --data",
+    "--weak a.jsonl": "--weak a.jsonl does nothing without --select s1 or limo",
+    "--perturb shuffle": "--perturb shuffle: one of shuffle, delete, insert, digits, answer, a colon and a share",
+    "--perturb shuffle:2": "--perturb shuffle:2: one of",
+    "--keep all": "--keep all --cap 0 needs --sample",
+    "--cap 2": "--cap 2 needs --sample",
+    "--sample 4 --data {given}/pairs.jsonl": "leave out --data and --resume",
+    "--keep best": "shortest",
     "--data {given}/nothing-to-learn.jsonl": "{given}/nothing-to-learn.jsonl",
     "--data {given}/pairs.jsonl --max_length 3": "no example has at most --max_length 3 tokens",
     "--resume {given}/sft-run": "no checkpoint",

@@ -46,7 +46,12 @@ READ = {
         "pass_at_k": "test_ppo_pass_at_k, test_ppo_pass_at_k_dataset",
         "nsr_psr_wreinforce": "tests/test_nsr.py",
     },
-    "sft_data": {"loss_normalisation": "tests/test_sft.py", "lr_schedule": "tests/test_sft.py"},
+    "sft_data": {
+        "generalpoints": "test_generalpoints, test_generalpoints_extraction, test_generalpoints_episodes",
+        "knights_knaves": "test_knights_knaves",
+        "navigation": "test_navigation",
+        **dict.fromkeys(("selection", "loss_normalisation", "lr_schedule"), "tests/test_sft.py"),
+    },
     "latent": {
         "coconut": "tests/test_coconut.py",
         "prosqa_graphs": "tests/test_rewards.py",
@@ -72,7 +77,6 @@ NOT_IMPLEMENTED = {
         "repetition_penalty.dense with only_start": "an option of the reference that no script uses",
     },
     "sft_data": {
-        **dict.fromkeys(("generalpoints", "knights_knaves", "navigation", "selection"), "for sft.py in full"),
         **dict.fromkeys(("countdown", "multiplication"), "counts and traces of another grammar"),
         "packing": "sft.py pads rows sorted by length instead",
         **dict.fromkeys(("acecoder", "dpo", "veripo_toy", "toy_code"), "not planned now"),
@@ -218,6 +222,64 @@ def test_ppo_pass_at_k(case):
 @cases("ppo_nsr", "pass_at_k", "datasets")
 def test_ppo_pass_at_k_dataset(case):
     check_dataset("ppo_nsr", case, case["pass_at_k"])
+
+
+@cases("sft_data", "generalpoints", "cases")
+def test_generalpoints(case):
+    task = rewards.GeneralPoints(rule=int(case["rule"].removeprefix("face")))
+    numbers = [rewards.RANKS[c] if task.rule == 13 else min(10, rewards.RANKS[c]) for c in case["cards"]]
+    assert numbers == case["numbers"]
+    problem = {"kind": "solve", "rule": task.rule, "cards": case["cards"], "numbers": numbers, "failed": []}
+    parts = task.score(f"</think><answer>{case['formula']}</answer>", problem | {"target": case["target"]})
+    case = case | {"level": "either" if "spaces" in case.get("choice", "") else "must"}  # ours strips them
+    got = {"verdict": parts["verdict"], "reward": parts["points"], "correct": parts["correct"]}
+    check("sft_data", case, got, case["expect"])
+
+
+@cases("sft_data", "generalpoints", "extraction")
+def test_generalpoints_extraction(case):
+    check("sft_data", case, str(rewards.points_formula(case["output"])), case["reference_formula"])
+
+
+@cases("sft_data", "generalpoints", "episodes")
+def test_generalpoints_episodes(case):
+    """The attempts as outputs that earn just these points; the verifier stops after five."""
+    task, outputs = rewards.GeneralPoints(), {5: "3*10-6*1", -1: "3*10+6*1", -2: "3*10-6", -3: "3*(10"}
+    problem = {"kind": "solve", "rule": 10, "cards": ["A", "3", "K", "6"], "numbers": [1, 3, 10, 6]}
+    problem |= {"target": 24, "failed": []}
+    parts = []
+    for points in case["attempt_rewards"]:
+        text = f"</think><answer>{outputs[points]}</answer>"
+        parts.append(task.score(text, problem))
+        if parts[-1]["correct"]:
+            break
+        problem = task.revise(problem, text)
+    checked = sum(part["verdict"] != "limit" for part in parts)
+    total = sum(part["points"] for part in parts)
+    got = (parts[-1]["correct"], len(parts), checked, total)
+    names = ("success", "generated", "checked", "return_undiscounted")
+    check("sft_data", case, got, tuple(case[name] for name in names))
+
+
+@cases("sft_data", "knights_knaves")
+def test_knights_knaves(case):
+    task, problem = rewards.KnightsAndKnaves(), {"statements": case["statements"]}
+    solutions = [[bool(role) for role in roles] for roles in rewards.solve_knights(case["statements"])]
+    check("sft_data", case, solutions, case["solutions"])
+    check("sft_data", case, task.puzzle(problem), case["text"])
+    thought, roles = task.search(case["statements"])
+    end = "".join(name[0] + "-+"[role] for name, role in zip(rewards.PEOPLE, roles, strict=False)) or "none"
+    check("sft_data", case, f"{thought}={end}".replace("\n", ""), case["compact_trace"])
+    if case["well_posed"]:
+        for answer in (case["answer"], end):
+            check("sft_data", case, task.score(f"</think><answer>{answer}</answer>", problem)["correct"], True)
+
+
+@cases("sft_data", "navigation")
+def test_navigation(case):
+    for space in ("absolute", "relative"):
+        word = rewards.turn_word(case["previous_heading"], case["new_heading"], space)
+        check("sft_data", case, f"turn_direction({word})", case[f"{space}_action"])
 
 
 @pytest.mark.parametrize("file", READ)
