@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from random import Random
 from types import SimpleNamespace
 
 import numpy as np
@@ -211,7 +213,7 @@ def test_four_planted_bugs_are_found(bug, monkeypatch):
 
 def contest(flags: str = "", double: bool = False) -> sr.Contest:
     cfg = sr.parse_config(sr.Config, flags.split())
-    base, draft = (sr.load_model(sr.resolve_model(name)) for name in ("tiny-rl", "tiny-draft"))
+    base, draft = (sr.load_model(sr.resolve_model(name)) for name in ("tiny-judge", "tiny-draft"))
     if double:
         base.double(), draft.double()
     sr.Run.choose(SimpleNamespace(cfg=cfg), base, sr.BY_SIZE)
@@ -340,10 +342,36 @@ def test_oracle_grades():
     assert grade("</think><answer>7-5*1</answer>") == 9 and grade("</think><answer>7+5*1</answer>") == 0
 
 
-def test_distillation_data(tmp_path):
-    sr.distillation_data("tiny-rl", 4, 7, str(tmp_path / "draft.jsonl"))
+def test_data_that_teaches(tmp_path):
+    """Right answers for a draft; for a verifier steps of the draft with a solver's grade, as many of each."""
+    task = rewards.make_task("countdown")
+    sr.training_data("tiny-rl", 4, 7, str(tmp_path / "draft.jsonl"))
     rows = lines_of(tmp_path / "draft.jsonl")
     assert 0 < len(rows) <= 4 and all(r["prompt"].endswith("<think>") and "</answer>" in r["completion"] for r in rows)
+    sr.training_data("tiny-rl", 8, 7, str(tmp_path / "judge.jsonl"), "tiny-draft")
+    rows, problems = lines_of(tmp_path / "judge.jsonl"), [task.problem("train", 7, n) for n in range(8)]
+    judged = [r for r in rows if r["prompt"].endswith("<score>")]
+    counts = [sum(r["completion"] == digit for r in judged) for digit in "059"]
+    assert counts[0] == counts[1] == counts[2] > 0 and sum(counts) == len(judged) and len(rows) - len(judged) <= 4
+    for r in judged:
+        given, _, text = r["prompt"].removesuffix("<score>").partition("<think>")
+        problem = next(p for p in problems if task.compact(p).startswith(given))
+        *before, step = text.removesuffix("<eos>").splitlines(keepends=True)
+        assert task.grade_step(problem, "".join(before), step) == int(r["completion"])
+
+
+def test_the_judge_tells_right_steps_from_wrong():
+    """First lines of searches for held-out problems, and the same with another result: expected digits of eq. 2."""
+    c, scores, right = contest(), [], []
+    c.readers = [sr.Reader(c.models[0], 100, c.size, c.cfg, (0, 0, 0, 0))]
+    for n, problem in enumerate(rewards.heldout(c.prompter.task, 40, 5)):
+        given, line = c.prompter.text(problem), c.prompter.task.trace(problem, Random(n)).partition("\n")[0]
+        for text in (line, re.sub(r"=(\d+)(?=[<>=]\d+$)", lambda found: f"={int(found[1]) + 1}", line)):
+            c.readers[0].forget(0)
+            scores.append(c.points("digit", 0.5, c.prompter.encode(given), c.prompter.encode(text + "\n")))
+            right.append(text == line)
+    assert right == [True, False] * 40
+    assert sr.auc(scores, right) > 0.75
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs
@@ -386,6 +414,7 @@ def test_resume_goes_on_with_the_same_answers(go, cwd):
 
 
 BAD = {
+    "--model tiny-rl": "--score digit: tiny-rl was not taught <score>; take --model tiny-judge or --score likelihood",
     "--model SmolLM9": "no such folder: SmolLM9",
     "--thresholds 1;2": "--thresholds 1;2",
     "--gamma 0": "--gamma 0: a number of at least 1",
@@ -407,4 +436,3 @@ def test_vocabularies_of_two_sizes():
     models[1].vocab_bias = torch.tensor([0.0] * 9 + [-math.inf])
     assert sr.share_vocabulary(*models) == 10
     assert [m.vocab_bias.isinf().sum().item() for m in models] == [3, 1] and len(models[0].vocab_bias) == 12
-
