@@ -360,14 +360,12 @@ def choose_draft(cfg: Config, base: "Model") -> str:
 
 
 def ways(cfg: Config, task) -> dict[str, dict]:
-    """What is compared: name -> settings of `solve_one`. Thresholds beyond 0 to 9 keep all or nothing."""
+    """What is compared: name -> settings of `solve_one`."""
     main = {"threshold": cfg.threshold, "first_n": cfg.first_n, "score": cfg.score}
-    try:
-        sweep = [float(t) for t in cfg.thresholds.split(",") if t]
-    except ValueError:
-        raise BadInput(f"--thresholds {cfg.thresholds}: numbers with commas between them are needed") from None
+    numbers = [t for t in cfg.thresholds.split(",") if t]
+    need(all(t.replace(".", "", 1).isdecimal() for t in numbers), f"--thresholds {cfg.thresholds}: 1,3,5 is the form")
     all_ways = {"base": {}, "specreason": main, "draft": {}, "spec_decode": {"gamma": cfg.gamma}}
-    all_ways |= {f"threshold {t:g}": main | {"threshold": t} for t in sweep if t != cfg.threshold}
+    all_ways |= {f"threshold {t:g}": main | {"threshold": t} for t in map(float, numbers) if t != cfg.threshold}
     all_ways |= {"coin": main | {"score": "coin"}, "both": main | {"gamma": cfg.gamma}}
     return all_ways | ({"oracle": main | {"score": "oracle", "threshold": 1.0}} if hasattr(task, "grade_step") else {})
 
@@ -393,8 +391,10 @@ class Contest:
     def knows_score(self) -> bool:
         """Whether a tiny base was taught <score> (models/README.md): then a text ends behind the digit."""
         text = self.prompter.encode(self.prompter.text(self.prompter.task.problem("train", self.cfg.seed, 0)))
-        base = Reader(self.models[0], len(text) + 3, self.size, self.cfg, (0, 0, 0, 0))
-        return float(base.read(text + self.suffix + self.digits[9:])[0].softmax(-1)[sorted(self.eos)].sum()) > 0.5
+        room = len(text) + self.cfg.max_step_tokens + 2
+        base, draft = (Reader(m, room, self.size, self.cfg, (0, 0, 0, 0)) for m in self.models)
+        text += write(draft, text, self.cfg.max_step_tokens, self.ends) + self.suffix + self.digits[9:]
+        return float(base.read(text)[0].softmax(-1)[sorted(self.eos)].sum()) > 0.5
 
     def finished(self, steps: list[Step]) -> bool:
         """An answer or an end token, or (but for the tiny models, which do that and go on) the same step twice."""

@@ -279,6 +279,7 @@ def test_caches_hold_the_kept_text_and_nothing_else(monkeypatch):
     """After a problem with refusals each cache equals that of one pass over the text it has read."""
     c = contest("--max_new_tokens 120 --gamma 3")
     c.quantiles = [-2.0, -0.5, -0.1]
+    monkeypatch.setattr(c, "grade", None)  # no score asks the solver
     for settings in ({"threshold": 4.0, "score": "likelihood"}, {"threshold": 4.0, "score": "digit", "gamma": 3}):
         a = c.solve_one(1, c.prompter.task.problem("train", 9, 1), "x", settings)
         assert 0 < a["drafted"]
