@@ -116,7 +116,7 @@ def test_specreason_on_qwen():
     """Its draft and budgets, and ids that only one of two models has: masked in both."""
     sr, base, draft = module("specreason"), model_of("specreason"), model_of("specreason", vocab_size=152064)
     cfg, chosen = choose("specreason", base, ["--model", "Qwen2.5-1.5B", "--task", "countdown"])
-    assert chosen == {"max_new_tokens": 2048, "max_step_tokens": 512, "threshold": 7.0}
+    assert chosen == {"max_new_tokens": 2048, "max_step_tokens": 512}
     assert sr.choose_draft(cfg, base) == "Qwen2.5-0.5B"
     bias = torch.zeros(151936)
     bias[151665:] = -torch.inf  # beyond the tokenizer
