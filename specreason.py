@@ -391,9 +391,8 @@ class Contest:
     def knows_score(self) -> bool:
         """Whether a tiny base was taught <score> (models/README.md): then a text ends behind the digit."""
         text = self.prompter.encode(self.prompter.text(self.prompter.task.problem("train", self.cfg.seed, 0)))
-        room = len(text) + self.cfg.max_step_tokens + 2
-        base, draft = (Reader(m, room, self.size, self.cfg, (0, 0, 0, 0)) for m in self.models)
-        text += write(draft, text, self.cfg.max_step_tokens, self.ends) + self.suffix + self.digits[9:]
+        base, draft = (Reader(m, len(text) + 50, self.size, self.cfg, (0, 0, 0, 0)) for m in self.models)
+        text += write(draft, text, 48, self.ends) + self.suffix + self.digits[9:]  # a whole step, as in training
         return float(base.read(text)[0].softmax(-1)[sorted(self.eos)].sum()) > 0.5
 
     def finished(self, steps: list[Step]) -> bool:
