@@ -366,7 +366,7 @@ def ways(cfg: Config, task) -> dict[str, dict]:
     need(all(t.replace(".", "", 1).isdecimal() for t in numbers), f"--thresholds {cfg.thresholds}: 1,3,5 is the form")
     all_ways = {"base": {}, "specreason": main, "draft": {}, "spec_decode": {"gamma": cfg.gamma}}
     all_ways |= {f"threshold {t:g}": main | {"threshold": t} for t in map(float, numbers) if t != cfg.threshold}
-    all_ways |= {"coin": main | {"score": "coin"}, "both": main | {"gamma": cfg.gamma}}
+    all_ways |= {"coin": main | {"score": "coin"}, "hierarchical": main | {"gamma": cfg.gamma}}
     return all_ways | ({"oracle": main | {"score": "oracle", "threshold": 1.0}} if hasattr(task, "grade_step") else {})
 
 

@@ -86,7 +86,7 @@ def test_every_metric_of_a_run_is_explained(tmp_path):
     written = {re.sub(r"pass@\d+", "pass@k", name) for name in written}
     written = {re.sub(r"@\d+$", "@r", name) for name in written}  # recurrent_depth.py: iterations, ways to read a row
     written = {re.sub(r"/(full|exit|warm|shared|both)$", "/way", name) for name in written}
-    ways = r"/(base|draft|specreason|spec_decode|both|coin|oracle|threshold [\d.]+)$"
+    ways = r"/(base|draft|specreason|spec_decode|hierarchical|coin|oracle|threshold [\d.]+)$"
     written = {re.sub(ways, "/model", name) for name in written}  # specreason.py: who writes
     assert written - explained == set()
     optional = {"completion_length/correct", "reflections/correct", "eval/accuracy_not_given_up", "entropy"}
