@@ -21,11 +21,11 @@ Run
 
 Expect
     Seed 0, the first 170 problems, one busy thread of an AMD EPYC: accuracy of base 0.72, draft 0.36, SpecReason
-    0.70; speculative decoding is 1.55 times as fast as the base (eq. 6: 1.61), SpecReason 0.98 times (eq. 6:
-    1.10): at this size a negative result, README.md says why.
+    0.70; speculative decoding is 1.55 times as fast as the base (eq. 6: 1.61), SpecReason 0.98 times (eq. 6: 1.10);
+    a taught digit (--model tiny-judge --score digit --threshold 4) 0.91 times. A negative result, see README.md.
 
-Differs from the paper in: (3) beside the prompted digit (2), which a model of this size cannot give; a step keeps its
-delimiter; one text serves both models, so it is compared and cut by tokens, and nothing is tokenised twice.
+Differs from the paper in: a tiny base is taught the digit (`training_data`); (3), which needs no teaching; a step keeps
+its delimiter; one text serves both models, so it is cut by tokens, and nothing is tokenised twice.
 
 Legend: T tokens, V vocabulary, C hidden size, P prompts, B rows, H query heads, K key heads, D head size.
 """
@@ -42,7 +42,8 @@ import sys
 import tempfile
 import threading
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -51,6 +52,7 @@ from difflib import get_close_matches
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from random import Random
 from typing import Literal, get_args
 
 import numpy as np
@@ -88,7 +90,7 @@ class Config:
     temperature: float = flag(1.0, "of both models (paper: 0.6), 0 = greedy")
     top_p: float = flag(1.0, "nucleus of both models (paper: 0.95)", 0.01)
     eval_problems: int = flag(170, "held-out problems for the base and --threshold", 1)
-    sweep_problems: int = flag(25, "of these, how many for all other ways too")
+    sweep_problems: int = flag(25, "of these, how many for all other ways too", 1)
     save_every: int = flag(50, "problems between two looks at the log and records that --resume goes on from", 1)
     seed: int = flag(0, "seed of the held-out problems and of the sampling")
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto is cuda where there is one")
@@ -111,12 +113,11 @@ BY_SIZE = {  # parameters of the base: below 10 M (made here), below 1 B, above
     "max_new_tokens": (512, 512, 2048),
     "max_step_tokens": (48, 128, 512),
 }
-SHOWN = "accuracy/specreason", "acceptance/specreason", "speedup/specreason"
+PARTS = "draft", "score", "base"
+SHOWN = tuple(f"eval/{name}" for name in ("accuracy/base", "accuracy/specreason", "acceptance/specreason"))
 DRAFTS = {"Qwen2.5": "Qwen2.5-0.5B", "Qwen3": "Qwen3-0.6B-Base", "SmolLM2": "SmolLM2-135M-Instruct"}
-DIGIT_PROMPT = (  # after the step, for models that read; the tiny tokenizer has a token <score>
-    "\nUser: Rate only the last step above from 0 (wrong) to 9 (right), for correct facts and valid logic."
-    "\nAssistant: The quality score is: "
-)
+DIGIT_PROMPT = "\nUser: Rate only the last step above from 0 (wrong) to 9 (right), for correct facts and valid logic."
+DIGIT_PROMPT += "\nAssistant: The quality score is: "  # for models that read; the tiny tokenizer has a token <score>
 
 
 # ------------------------------------------------------------------------------------- algorithm: token by token
@@ -129,9 +130,8 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -
     probs = (logits if temperature == 1 else logits / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        drop = (ordered.cumsum(-1) - ordered >= top_p).scatter(-1, order, ordered.cumsum(-1) - ordered >= top_p)
-        probs = probs.masked_fill(drop, 0.0)
-        probs = probs / probs.sum(-1, keepdim=True)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered / ordered.sum(-1, keepdim=True))
     return probs
 
 
@@ -210,13 +210,11 @@ def write(reader: Reader, text: list[int], limit: int, ends: set[int]) -> list[i
 def write_speculatively(
     base: Reader, draft: Reader, text: list[int], limit: int, ends: set[int], gamma: int, rounds: list[tuple[int, int]],
 ) -> list[int]:  # fmt: skip
-    """As write(base, ...), and with the same distribution, but the draft proposes (eq. 4). Notes (drafted, kept) in
-    rounds. A draft that proposes an end proposes nothing behind it.
-    """
+    """As write(base, ...), with the same distribution, but the draft proposes (eq. 4); rounds gets (drafted, kept)."""
     step: list[int] = []
     while len(step) < limit and not (step and step[-1] in ends):
         so_far, drafted, q = text + step, [], []
-        while len(drafted) < gamma and not (drafted and drafted[-1] in ends):
+        while len(drafted) < gamma and not (drafted and drafted[-1] in ends):  # nothing behind an end
             q.append(draft.probs(so_far + drafted)[0])
             drafted.append(draft.draw(q[-1]))
         p = base.probs(so_far + drafted, len(drafted) + 1)
@@ -251,8 +249,8 @@ def reason(
     write_x(text) and score(text, step) see the text so far; settle(length) cuts both caches to what is kept;
     finished(steps) looks at the last kept step. Tokens in `drop` (a closing tag without an answer) leave a kept step.
     """
-    text, steps, kept, reasons = list(prompt), [], 0, {}
-    while not reasons:
+    text, steps, kept, why = list(prompt), [], 0, ""
+    while not why:
         step = Step([], "base")
         if len(steps) >= first_n:
             step.drafted = write_draft(text)
@@ -264,14 +262,12 @@ def reason(
             step.tokens = write_base(text)
         kept += len(step.tokens)
         steps.append(step)
-        reasons = {"budget": kept >= token_budget, "finished": finished(steps)}
-        reasons = [name for name, so in reasons.items() if so]
-        if not reasons and step.score is not None and any(token in drop for token in step.tokens):
-            first = next(i for i, token in enumerate(step.tokens) if token in drop)
-            settle(len(text) + first)
+        why = "budget" if kept >= token_budget else "finished" if finished(steps) else ""
+        if not why and step.score is not None and not set(drop).isdisjoint(step.tokens):
+            settle(len(text) + next(i for i, token in enumerate(step.tokens) if token in drop))
             step.tokens = [token for token in step.tokens if token not in drop]
         text += step.tokens
-    return steps, reasons[0]
+    return steps, why
 
 
 def read_digit(logprobs: Tensor, digits: list[int], method: str) -> float:
@@ -301,8 +297,8 @@ def auc(values: list[float], right: list[bool]) -> float:
     >>> auc([1, 5, 5, 9], [False, False, True, True])
     0.875
     """
-    good, bad = ([v for v, r in zip(values, right, strict=True) if r == kind] for kind in (True, False))
-    wins = sum((g > b) + (g == b) / 2 for g in good for b in bad)
+    good, bad = (sorted(v for v, r in zip(values, right, strict=True) if r == kind) for kind in (True, False))
+    wins = sum(bisect_left(bad, v) + bisect_right(bad, v) for v in good) / 2
     return wins / (len(good) * len(bad)) if good and bad else math.nan
 
 
@@ -323,20 +319,37 @@ def deepen(model: "Model", count: int) -> None:
     """Add layers whose outputs are zero: the same function at the cost of a deeper model, to see what that gains."""
     for _ in range(count):
         layer = copy.deepcopy(model.model["layers"][0])
-        for out in (layer.self_attn["o_proj"], layer.mlp["down_proj"]):
-            nn.init.zeros_(out.weight)
+        nn.init.zeros_(layer.self_attn["o_proj"].weight), nn.init.zeros_(layer.mlp["down_proj"].weight)
         model.model["layers"].append(layer)
     model.config["num_hidden_layers"] += count
 
 
-def distillation_data(name: str, count: int, seed: int, path: str) -> None:
-    """Write the model's right answers to `count` training problems as lines for sft.py --data; models/README.md."""
-    model = load_model(resolve_model(name))
-    prompter = Prompter(model, make_task("countdown", natural=not model.is_tiny), False)
-    numbered = [(n, prompter.task.problem("train", seed, n)) for n in range(count)]
-    done = [c for c in rollout(model, prompter, numbered, 1, 512, (seed, 0), 1.0) if c.score["correct"] and c.finished]
-    lines = (json.dumps({"prompt": prompter.text(c.problem), "completion": c.text}) + "\n" for c in done)
-    Path(path).write_text("".join(lines), encoding="utf-8")
+def training_data(name: str, count: int, seed: int, path: str, draft: str = "") -> None:
+    """Write lines for sft.py --data from answers to `count` training problems; models/README.md has the commands.
+
+    They are the model's right answers. With a draft they teach <score>: its answers, cut behind up to two steps of
+    each grade, as many of each, and behind <score> the grade of a solver; an eighth are right answers of the model.
+    """
+    answers, graded = [], {}
+    for source in filter(None, (name, draft)):
+        model = load_model(resolve_model(source))
+        prompter = Prompter(model, make_task("countdown", natural=not model.is_tiny), False)
+        numbered = [(n, prompter.task.problem("train", seed, n)) for n in range(count)]
+        for c in rollout(model, prompter, numbered, 1, 512, (seed, 0), 1.0):
+            given, steps, seen = prompter.text(c.problem), prompter.decode(c.tokens).splitlines(keepends=True), []
+            if source == name and c.score["correct"] and c.finished:
+                answers.append((given, c.text))
+            whole = range(len(steps) - (not c.finished)) if source == draft else ()
+            for i in Random(f"cut {seed} {c.number}").sample(whole, len(whole)):
+                before = "".join(steps[:i])
+                seen.append(prompter.task.grade_step(c.problem, before, steps[i].removesuffix("<eos>")))
+                if seen.count(seen[-1]) <= 2:
+                    graded.setdefault(seen[-1], []).append((f"{given}{before}{steps[i]}<score>", str(seen[-1])))
+    fewest = min(map(len, graded.values()), default=0)
+    lines = [line for part in graded.values() for line in part[:fewest]]
+    lines += answers[: len(lines) // 7] if draft else answers
+    rows = (json.dumps({"prompt": given, "completion": text}) + "\n" for given, text in lines)
+    Path(path).write_text("".join(rows), encoding="utf-8")
 
 
 def choose_draft(cfg: Config, base: "Model") -> str:
@@ -347,17 +360,14 @@ def choose_draft(cfg: Config, base: "Model") -> str:
 
 
 def ways(cfg: Config, task) -> dict[str, dict]:
-    """What is compared: name -> settings of `solve_one`. Thresholds beyond 0 to 9 keep all or nothing."""
+    """What is compared: name -> settings of `solve_one`."""
     main = {"threshold": cfg.threshold, "first_n": cfg.first_n, "score": cfg.score}
-    try:
-        sweep = [float(t) for t in cfg.thresholds.split(",") if t]
-    except ValueError:
-        raise BadInput(f"--thresholds {cfg.thresholds}: numbers with commas between them are needed") from None
+    numbers = [t for t in cfg.thresholds.split(",") if t]
+    need(all(t.replace(".", "", 1).isdecimal() for t in numbers), f"--thresholds {cfg.thresholds}: 1,3,5 is the form")
     all_ways = {"base": {}, "specreason": main, "draft": {}, "spec_decode": {"gamma": cfg.gamma}}
-    all_ways |= {f"threshold {t:g}": main | {"threshold": t} for t in sweep if t != cfg.threshold}
-    all_ways |= {"coin": main | {"score": "coin"}, "oracle": main | {"score": "oracle", "threshold": 1.0}}
-    all_ways["both"] = main | {"gamma": cfg.gamma}
-    return all_ways if hasattr(task, "grade_step") else {n: s for n, s in all_ways.items() if n != "oracle"}
+    all_ways |= {f"threshold {t:g}": main | {"threshold": t} for t in map(float, numbers) if t != cfg.threshold}
+    all_ways |= {"coin": main | {"score": "coin"}, "hierarchical": main | {"gamma": cfg.gamma}}
+    return all_ways | ({"oracle": main | {"score": "oracle", "threshold": 1.0}} if hasattr(task, "grade_step") else {})
 
 
 class Contest:
@@ -370,14 +380,20 @@ class Contest:
         self.clock = time.process_time if on_cpu and torch.get_num_threads() == 1 else time.perf_counter
         delimiter = cfg.delimiter or ("\n" if base.is_tiny else "\n\n")
         self.eos = set(base.eos_ids + draft.eos_ids)
-        pieces = (prompter.tokenizer.decode([i], skip_special_tokens=False) for i in range(self.size))
-        self.ends = self.eos | {i for i, piece in enumerate(pieces) if delimiter in piece}
+        self.ends = self.eos | {i for i in range(self.size) if delimiter in prompter.decode([i])}
         self.marks = prompter.stop or tuple(prompter.decode([i]) for i in self.eos)
-        close = prompter.tokenizer.token_to_id("</think>")
-        self.drop = () if close is None else (close,)
+        self.drop = tuple(i for i in [prompter.tokenizer.token_to_id("</think>")] if i is not None)
         self.digits = [prompter.encode(str(d))[-1] for d in range(10)]
         self.suffix = prompter.encode("<score>" if base.is_tiny else DIGIT_PROMPT)
         self.quantiles: list[float] = []
+
+    @torch.inference_mode()
+    def knows_score(self) -> bool:
+        """Whether a tiny base was taught <score> (models/README.md): then a text ends behind the digit."""
+        text = self.prompter.encode(self.prompter.text(self.prompter.task.problem("train", self.cfg.seed, 0)))
+        base, draft = (Reader(m, len(text) + 50, self.size, self.cfg, (0, 0, 0, 0)) for m in self.models)
+        text += write(draft, text, 48, self.ends) + self.suffix + self.digits[9:]  # a whole step, as in training
+        return float(base.read(text)[0].softmax(-1)[sorted(self.eos)].sum()) > 0.5
 
     def finished(self, steps: list[Step]) -> bool:
         """An answer or an end token, or (but for the tiny models, which do that and go on) the same step twice."""
@@ -396,15 +412,13 @@ class Contest:
                 text = text + step.tokens
         self.quantiles.sort()
 
-    def points(
-        self, kind: str, problem: dict, given: list[int], rate: float, text: list[int], step: list[int]
-    ) -> float:
+    def points(self, kind: str, rate: float, text: list[int], step: list[int]) -> float:
         """The draft's step as the base (or a control) marks it."""
         base = self.readers[0]
         if kind == "coin":  # as many steps as the score itself lets pass in this problem
             return 9.0 * (next(base.uniforms) < rate)
         if kind == "oracle":
-            return self.grade(problem, given, text, step)
+            return self.grade(text, step)
         if kind == "digit":
             logits = base.read(text + step + self.suffix)[0]
             base.forget(len(text) + len(step))
@@ -412,40 +426,37 @@ class Contest:
         own = least_agreement(base.read(text + step, len(step) + 1)[:-1], step)
         return float(min(9, 10 * bisect_right(self.quantiles, own) // len(self.quantiles)))
 
-    def grade(self, problem: dict, given: list[int], text: list[int], step: list[int]) -> int:
+    def grade(self, text: list[int], step: list[int]) -> int:
         """What a solver says of the step; no score but the oracle's may ask it."""
-        before, step = (self.prompter.decode([i for i in t if i not in self.eos]) for t in (text[len(given) :], step))
-        return self.prompter.task.grade_step(problem, before, step)
+        texts = (self.prompter.decode([i for i in t if i not in self.eos]) for t in (text[len(self.given) :], step))
+        return self.prompter.task.grade_step(self.problem, *texts)
 
     def solve_one(self, number: int, problem: dict, way: str, settings: dict, rate: float = 0.5) -> dict:
         """One answer, and what it cost. The random numbers belong to (seed, model, problem), whatever the way."""
-        cfg, given, spent = self.cfg, self.prompter.encode(self.prompter.text(problem)), {}
+        cfg, given, spent = self.cfg, self.prompter.encode(self.prompter.text(problem)), Counter()
+        self.problem, self.given = problem, given
         capacity = len(given) + cfg.max_new_tokens + cfg.max_step_tokens + cfg.gamma + len(self.suffix) + 1
-        streams = [(cfg.seed, i, number, 0) for i in range(2)]
-        pairs = zip(self.models, streams, strict=True)
-        base, draft = self.readers = [Reader(model, capacity, self.size, cfg, stream) for model, stream in pairs]
+        open_one = partial(Reader, capacity=capacity, size=self.size, cfg=cfg)
+        base, draft = self.readers = [open_one(m, stream=(cfg.seed, i, number, 0)) for i, m in enumerate(self.models)]
         rounds: list[tuple[int, int]] = []
 
         def timed(name: str, function: Callable, *more) -> Callable:
             def call(*args):
                 began = self.clock()
                 result = function(*args, *more)
-                seconds, calls = spent.get(name, (0.0, 0))
-                spent[name] = seconds + self.clock() - began, calls + 1
+                spent.update({f"seconds_{name}": self.clock() - began, f"calls_{name}": 1})
                 return result
 
             return call
 
         limits = cfg.max_step_tokens, self.ends
-        alone = draft if way == "draft" else base
-        write_base = timed("base", partial(write, alone), *limits)
+        writer = partial(write, draft if way == "draft" else base)
         if "gamma" in settings:
-            more = (*limits, settings["gamma"], rounds)
-            write_base = timed("base", partial(write_speculatively, base, draft), *more)
-        score = partial(self.points, settings.get("score", ""), problem, given, rate)
+            writer = partial(write_speculatively, base, draft, gamma=settings["gamma"], rounds=rounds)
+        score = timed("score", partial(self.points, settings.get("score", ""), rate))
         began = self.clock()
         steps, why = reason(
-            given, timed("draft", partial(write, draft), *limits), write_base, timed("score", score), self.finished,
+            given, timed("draft", partial(write, draft), *limits), timed("base", writer, *limits), score, self.finished,
             lambda length: (base.forget(length), draft.forget(length)), settings.get("threshold", 0.0),
             settings.get("first_n", 0) if "score" in settings else 10**9, cfg.max_new_tokens, self.drop,
         )  # fmt: skip
@@ -456,20 +467,22 @@ class Contest:
         row = {"accuracy": found["correct"], "seconds": seconds, "tokens": len(tokens), "drafted": len(judged)}
         row["accepted"] = sum(step.writer == "draft" for step in judged)
         row["discarded"] = sum(len(step.drafted) for step in judged if step.writer == "base")
-        row["clipped_ratio"] = why == "budget"
-        for part in ("draft", "score", "base"):
-            row[f"seconds_{part}"], row[f"calls_{part}"] = spent.get(part, (0.0, 0))
-        row["rounds"], row["passed"] = len(rounds), sum(kept for _, kept in rounds)
+        row |= {f"{what}_{part}": spent[f"{what}_{part}"] for what in ("seconds", "calls") for part in PARTS}
+        row |= {"clipped_ratio": why == "budget", "rounds": len(rounds), "passed": sum(kept for _, kept in rounds)}
         row["tested"] = sum(min(n, kept + 1) for n, kept in rounds)  # those behind a refusal are not
         self.answer = Completion(number, problem, given, tokens, [], why == "finished", text, found)
         self.steps, self.rounds = steps, rounds
-        return {name: float(value) for name, value in row.items()}
+        marks, text = [], list(given)
+        for step in steps if way == "specreason" and hasattr(self.prompter.task, "grade_step") else ():
+            if step.score is not None:  # answer and time are settled: now a solver may say how good the marks were
+                marks.append([step.score, self.grade(text, step.drafted) > 0])
+            text += step.tokens
+        return {name: float(value) for name, value in row.items()} | {"marks": marks}
 
     def sample(self) -> "Completion":
         """The last answer for samples.jsonl, with the base's log-probability of every token, whoever wrote it."""
         c = self.answer
-        base = Reader(self.models[0], len(c.prompt + c.tokens), self.size, self.cfg, (0, 0, 0, 0))
-        logprobs = base.read(c.prompt + c.tokens, len(c.tokens) + 1)[:-1].log_softmax(-1)
+        logprobs = self.readers[0].read(c.prompt + c.tokens, len(c.tokens) + 1)[:-1].log_softmax(-1)
         chosen = logprobs.gather(-1, torch.tensor(c.tokens, device=logprobs.device)[:, None])[:, 0]
         c.logprobs = chosen.clamp(min=-100).tolist()
         return c
@@ -490,23 +503,28 @@ class Contest:
         return {name: float(np.median(values[1:] or values)) for name, values in times.items()}
 
 
-def compare(records: list[dict]) -> dict[str, float]:
+def compare(records: list[dict], costs: dict[str, float], step: int, gamma: int) -> dict[str, float]:
     """Means per way over the problems that it solved; gaps and ratios of seconds are to the base on the same ones."""
     found: dict[str, float] = {}
     for way in dict.fromkeys(name for r in records for name in r):
         rows, beside = zip(*((r[way], r["base"]) for r in records if way in r), strict=True)
-        total = {key: sum(row[key] for row in rows) for key in rows[0]}
-        m = {key: total[key] / len(rows) for key in total}
+        m = {key: mean(row[key] for row in rows) for key in rows[0] if key != "marks"}
         gaps = [row["accuracy"] - b["accuracy"] for row, b in zip(rows, beside, strict=True)]
-        m |= {"problems": len(rows), "gap": mean(gaps), "speedup": sum(b["seconds"] for b in beside) / total["seconds"]}
+        m |= {"problems": len(rows), "gap": mean(gaps), "speedup": mean(b["seconds"] for b in beside) / m["seconds"]}
         m["gap_se"] = float(np.std(gaps, ddof=len(gaps) > 1)) / math.sqrt(len(gaps))
         m["accuracy_se"] = math.sqrt(m["accuracy"] * (1 - m["accuracy"]) / len(rows))
-        m["acceptance"] = total["accepted"] / max(1, total["drafted"])
-        m["alpha"], m["tokens_per_pass"] = total["passed"] / max(1, total["tested"]), 0.0
-        if total["rounds"] and not total["drafted"]:
-            m["tokens_per_pass"] = total["tokens"] / total["rounds"]
+        m |= {"acceptance": m["accepted"] / (m["drafted"] or 1), "alpha": m["passed"] / (m["tested"] or 1)}
+        m["tokens_per_pass"] = 0.0 if m["drafted"] else m["tokens"] / (m["rounds"] or math.inf)
         found |= {f"eval/{key}/{way}": value for key, value in m.items()}
-    return found
+    return found | predictions(found, costs, step, gamma) | {"eval/auc": calibration(records)[0]}
+
+
+def calibration(records: list[dict]) -> tuple[float, str]:
+    """How good SpecReason's marks were: area under the curve, and of the steps with so many points the share right."""
+    given = [mark for r in records for mark in r["specreason"]["marks"]]
+    bins = {digit: [right for points, right in given if round(points) == digit] for digit in range(10)}
+    shares = ", ".join(f"{digit}: {mean(right):.2f} of {len(right)}" for digit, right in bins.items() if right)
+    return auc([points for points, _ in given], [right for _, right in given]), shares
 
 
 def predictions(m: dict[str, float], costs: dict[str, float], step: int, gamma: int) -> dict[str, float]:
@@ -519,48 +537,31 @@ def predictions(m: dict[str, float], costs: dict[str, float], step: int, gamma: 
     return {f"eval/{name}": value for name, value in found.items()}
 
 
-def table(m: dict[str, float]) -> str:
-    """One line a way."""
-    heads = "problems accuracy gap gap_se clipped_ratio tokens discarded acceptance speedup seconds".split()
-    heads += "seconds_draft seconds_score seconds_base calls_draft calls_base".split()
-    lines = [" " * 12 + "".join(f"{head.replace('seconds_', 's ').replace('calls_', 'n ')[:9]:>10}" for head in heads)]
-    for way in (name.removeprefix("eval/tokens/") for name in m if name.startswith("eval/tokens/")):
-        lines.append(f"{way:12}" + "".join(f"{m[f'eval/{head}/{way}']:10.3f}" for head in heads))
-    return "\n".join(lines)
-
-
 def save_records(run: "Run", records: list[dict], costs: dict) -> None:
-    """A folder step-N that --resume goes on from; it appears whole or not at all, then older ones go."""
-    folder = run.folder / f"step-{len(records):06d}"
-    if run.rank == 0 and not folder.exists():
-        unfinished = folder.with_suffix(".tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        write_atomically(unfinished / "records.json", json.dumps({"records": records, "costs": costs}))
-        unfinished.rename(folder)
-        for old in checkpoints(run.folder)[:-1]:
-            shutil.rmtree(old)
+    """The folder step-N that --resume goes on from: written where the last one is, then renamed."""
+    if run.rank == 0:
+        folder = [run.folder / "records.tmp", *checkpoints(run.folder)][-1]
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / "records.json", json.dumps({"records": records, "costs": costs}))
+        folder.rename(run.folder / f"step-{len(records):06d}")
     run.gather(0)
 
 
 def train(cfg: Config) -> int:
     """Algorithm: for each problem, for each way: answer it, count and time; then compare."""
-    cfg.eval_problems = min(cfg.eval_problems, 2) if cfg.check else cfg.eval_problems
-    cfg.sweep_problems, cfg.steps = min(cfg.sweep_problems, cfg.eval_problems), cfg.eval_problems
-    need(not cfg.check or cfg.sweep_problems, "--check needs --sweep_problems of at least 1")
     run = Run(cfg)
-    cfg.steps = cfg.eval_problems
+    cfg.sweep_problems, cfg.steps = min(cfg.sweep_problems, cfg.eval_problems), cfg.eval_problems
     _, base = run.load(cfg.model)
     deepen(base, cfg.idle_layers)
     cfg.draft = choose_draft(cfg, base)
     _, draft = run.load(cfg.draft)
     vocabularies = [load_tokenizer(m.folder).get_vocab() for m in (base, draft)]
     need(vocabularies[0] == vocabularies[1], f"--draft {cfg.draft} has another tokenizer than --model {cfg.model}")
-    digit = cfg.score == "digit" and base.is_tiny
-    need(not digit or "<score>" in vocabularies[0], f"--score digit: {cfg.model} was not taught <score>")
     chosen = run.choose(base, BY_SIZE) | {"draft": cfg.draft}
     prompter = Prompter(base, make_task(cfg.task, cfg.data, natural=not base.is_tiny), cfg.chat)
     names, contest = ways(cfg, prompter.task), Contest(cfg, base, draft, prompter)
+    ready = cfg.score != "digit" or not base.is_tiny or contest.knows_score()
+    need(ready, f"--score digit: {cfg.model} was not taught <score>; take --model tiny-judge or --score likelihood")
     asked = f"{cfg.eval_problems} problems one by one, {cfg.sweep_problems} of them in {len(names)} ways"
     run.open(base, prompter, chosen, asked)
     step = cfg.max_step_tokens // 3 if base.is_tiny else cfg.max_step_tokens // 4
@@ -570,9 +571,8 @@ def train(cfg: Config) -> int:
         if cfg.resume:
             saved = read_json(checkpoints(run.folder)[-1] / "records.json")
             records, costs = saved["records"], saved["costs"]
-        ratio = costs["draft"] / costs["base"]
-        ms = {name: round(1000 * seconds, 2) for name, seconds in costs.items()}
-        run.say(f"cost   ms: {ms}; a token of {cfg.draft} costs {ratio:.2f} of one of {cfg.model}")
+        ms, c = {name: round(1000 * s, 2) for name, s in costs.items()}, costs["draft"] / costs["base"]
+        run.say(f"cost   ms: {ms}; a token of {cfg.draft} costs {c:.2f} of one of {cfg.model}")
         if cfg.score == "likelihood":
             contest.calibrate(range(2 if cfg.check else 24))
         problems = heldout(prompter.task, cfg.eval_problems, cfg.seed)  # other seeds, other problems
@@ -589,33 +589,37 @@ def train(cfg: Config) -> int:
             run.signal = max(signals)
             if due or run.signal or len(records) == len(problems):
                 save_records(run, records, costs)
-                m = compare(records)
-                m |= predictions(m, costs, step, cfg.gamma)
-                run.log(len(records), m, show=tuple(f"eval/{n}" for n in ("accuracy/base", *SHOWN)))
+                run.log(len(records), compare(records, costs, step, cfg.gamma), show=SHOWN)
                 if mine:
                     contest.solve_one(number, problems[number], "specreason", names["specreason"])
                     run.keep_samples(len(records), prompter, [contest.sample()], [0.0])
                     run.say(prompter.line(contest.answer, writers="".join(s.writer[0] for s in contest.steps)))
             if run.signal and len(records) < len(problems):
                 return run.interrupted(len(records))
-    return conclude(run, m)
+    return conclude(run, compare(records, costs, step, cfg.gamma), calibration(records)[1])
 
 
-def conclude(run: "Run", m: dict[str, float]) -> int:
-    """Print the table, the claims and where everything lies; the exit code."""
+def conclude(run: "Run", metrics: dict[str, float], shares: str) -> int:
+    """Print a line a way, the claims and where everything lies; the exit code."""
     run.bar.close()
-    low = m["eval/gap/specreason"] - 1.645 * m["eval/gap_se/specreason"]
-    run.say(
-        f"{table(m)}\nseconds per problem; gap: accuracy minus the base's on the same problems\n"
-        f"alone  base {m['eval/accuracy/base']:.3f}, draft {m['eval/accuracy/draft']:.3f}\n"
-        f"specreason: {100 * m['eval/gap/specreason']:+.1f} points, above {100 * low:+.1f} with 95 % (claim: -2); "
-        f"speed-up {m['eval/speedup/specreason']:.2f}, eq. 6 says {m['eval/predicted/specreason']:.2f}; "
-        f"no gain below an acceptance of {m['eval/break_even']:.2f}\n"
-        f"speculative decoding: alpha {m['eval/alpha/spec_decode']:.3f}, "
-        f"{m['eval/tokens_per_pass/spec_decode']:.2f} tokens per pass, speed-up {m['eval/speedup/spec_decode']:.2f}, "
-        f"eq. 6 says {m['eval/predicted/spec_decode']:.2f}\n"
-        f"log     {run.metrics}, {run.samples}\nreport  python docs/report.py {run.folder}"
-    )
+    m = {name.removeprefix("eval/"): value for name, value in metrics.items()}
+    heads = "problems accuracy gap gap_se clipped_ratio tokens discarded acceptance speedup seconds".split()
+    heads += [f"{what}_{part}" for what, parts in (("seconds", PARTS), ("calls", PARTS[::2])) for part in parts]
+    lines = [" " * 12 + "".join(f"{head.replace('seconds_', 's ').replace('calls_', 'n ')[:9]:>10}" for head in heads)]
+    for way in (name.removeprefix("tokens/") for name in m if name.startswith("tokens/")):
+        lines.append(f"{way:12}" + "".join(f"{m[f'{head}/{way}']:10.3f}" for head in heads))
+    low = m["gap/specreason"] - 1.645 * m["gap_se/specreason"]
+    lines += [
+        "seconds per problem; gap: accuracy minus the base's on the same problems",
+        f"specreason: {100 * m['gap/specreason']:+.1f} points, above {100 * low:+.1f} with 95 % (claim: -2); speed-up "
+        f"{m['speedup/specreason']:.2f}, eq. 6 says {m['predicted/specreason']:.2f}; "
+        f"no gain below an acceptance of {m['break_even']:.2f}",
+        f"points of {run.cfg.score}: area under the curve {m['auc']:.3f}; share of right steps by points: {shares}",
+        f"speculative decoding: alpha {m['alpha/spec_decode']:.3f}, {m['tokens_per_pass/spec_decode']:.2f} tokens per "
+        f"pass, speed-up {m['speedup/spec_decode']:.2f}, eq. 6 says {m['predicted/spec_decode']:.2f}",
+        f"log     {run.metrics}, {run.samples}\nreport  python docs/report.py {run.folder}",
+    ]
+    run.say("\n".join(lines))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from random import Random
 from types import SimpleNamespace
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_speculative_decoding_vectors(case):
 
 # ----------------------------------------------------------------------------------------------------- exactness
 
-V, N = 12, 3000
+V, N = 12, 2000
 
 
 class Table:
@@ -211,7 +212,7 @@ def test_four_planted_bugs_are_found(bug, monkeypatch):
 
 def contest(flags: str = "", double: bool = False) -> sr.Contest:
     cfg = sr.parse_config(sr.Config, flags.split())
-    base, draft = (sr.load_model(sr.resolve_model(name)) for name in ("tiny-rl", "tiny-draft"))
+    base, draft = (sr.load_model(sr.resolve_model(name)) for name in ("tiny-judge", "tiny-draft"))
     if double:
         base.double(), draft.double()
     sr.Run.choose(SimpleNamespace(cfg=cfg), base, sr.BY_SIZE)
@@ -277,6 +278,7 @@ def test_caches_hold_the_kept_text_and_nothing_else(monkeypatch):
     """After a problem with refusals each cache equals that of one pass over the text it has read."""
     c = contest("--max_new_tokens 120 --gamma 3")
     c.quantiles = [-2.0, -0.5, -0.1]
+    monkeypatch.setattr(c, "grade", None)  # no score asks the solver
     for settings in ({"threshold": 4.0, "score": "likelihood"}, {"threshold": 4.0, "score": "digit", "gamma": 3}):
         a = c.solve_one(1, c.prompter.task.problem("train", 9, 1), "x", settings)
         assert 0 < a["drafted"]
@@ -340,10 +342,38 @@ def test_oracle_grades():
     assert grade("</think><answer>7-5*1</answer>") == 9 and grade("</think><answer>7+5*1</answer>") == 0
 
 
-def test_distillation_data(tmp_path):
-    sr.distillation_data("tiny-rl", 4, 7, str(tmp_path / "draft.jsonl"))
+def test_data_that_teaches(tmp_path):
+    """Right answers for a draft; for a verifier steps of the draft with a solver's grade, as many of each."""
+    task = rewards.make_task("countdown")
+    sr.training_data("tiny-rl", 4, 7, str(tmp_path / "draft.jsonl"))
     rows = lines_of(tmp_path / "draft.jsonl")
     assert 0 < len(rows) <= 4 and all(r["prompt"].endswith("<think>") and "</answer>" in r["completion"] for r in rows)
+    sr.training_data("tiny-rl", 8, 7, str(tmp_path / "judge.jsonl"), "tiny-draft")
+    rows, problems = lines_of(tmp_path / "judge.jsonl"), [task.problem("train", 7, n) for n in range(8)]
+    judged = [r for r in rows if r["prompt"].endswith("<score>")]
+    counts = [sum(r["completion"] == digit for r in judged) for digit in "059"]
+    assert counts[0] == counts[1] == counts[2] > 0 and sum(counts) == len(judged) and len(rows) - len(judged) <= 4
+    for r in judged:
+        given, _, text = r["prompt"].removesuffix("<score>").partition("<think>")
+        problem = next(p for p in problems if task.compact(p).startswith(given))
+        *before, step = text.removesuffix("<eos>").splitlines(keepends=True)
+        assert task.grade_step(problem, "".join(before), step) == int(r["completion"])
+
+
+def test_the_digit_is_that_of_a_plain_pass_and_leaves_no_trace():
+    """Points of a step are eq. 2 of one pass without a cache; <score> is forgotten at once. Only the judge knows it."""
+    c, problem = contest(), rewards.make_task("countdown").problem("train", 9, 0)
+    c.readers = [sr.Reader(c.models[0], 100, c.size, c.cfg, (0, 0, 0, 0))]
+    text, line = c.prompter.text(problem), c.prompter.task.trace(problem, Random(0)).partition("\n")[0] + "\n"
+    text, step = c.prompter.encode(text), c.prompter.encode(line)
+    points = c.points("digit", 0.5, text, step)
+    logits = c.models[0].logits(c.models[0](torch.tensor([text + step + c.prompter.encode("<score>")])))[0, -1]
+    digits = logits[c.digits].softmax(-1)
+    assert points == pytest.approx(float(digits @ torch.arange(10.0)), abs=0.02)
+    assert c.readers[0].known == len(text + step) and digits[[0, 5, 9]].sum() > 0.95
+    assert c.knows_score()
+    c.models = sr.load_model(sr.resolve_model("tiny-rl")), c.models[1]
+    assert not c.knows_score()
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs
@@ -379,13 +409,14 @@ def test_resume_goes_on_with_the_same_answers(go, cwd):
         saved = json.loads(next((cwd / folder).glob("step-*")).joinpath("records.json").read_text())["records"]
         return [{way: {k: v for k, v in r.items() if "seconds" not in k} for way, r in row.items()} for row in saved]
 
-    assert go(f"{SMALL} --score digit --out whole --eval_problems 3").code == 0
-    assert go(f"{SMALL} --score digit --out halves").code == 0
+    assert go(f"{SMALL} --model tiny-judge --score digit --out whole --eval_problems 3").code == 0
+    assert go(f"{SMALL} --model tiny-judge --score digit --out halves").code == 0
     assert go("--resume halves --eval_problems 3").code == 0
     assert counts("whole") == counts("halves")
 
 
 BAD = {
+    "--score digit": "--score digit: tiny-rl was not taught <score>; take --model tiny-judge or --score likelihood",
     "--model SmolLM9": "no such folder: SmolLM9",
     "--thresholds 1;2": "--thresholds 1;2",
     "--gamma 0": "--gamma 0: a number of at least 1",
@@ -407,4 +438,3 @@ def test_vocabularies_of_two_sizes():
     models[1].vocab_bias = torch.tensor([0.0] * 9 + [-math.inf])
     assert sr.share_vocabulary(*models) == 10
     assert [m.vocab_bias.isinf().sum().item() for m in models] == [3, 1] and len(models[0].vocab_bias) == 12
-
