@@ -94,7 +94,7 @@ def test_every_metric_of_a_run_is_explained(tmp_path):
     more["recurrent_depth.py"] = "--hidden_size 16 --num_heads 2"
     more["budget_forcing.py"] = "--model tiny --caps 4,8,12 --max_new_tokens 20 --waits 1 --eval_problems 2"
     more["specreason.py"] = "--eval_problems 2 --sweep_problems 1 --max_new_tokens 16"
-    ways = r"/(base|draft|specreason|spec_decode|hierarchical|coin|oracle|threshold [\d.]+)$"  # specreason.py: who writes
+    ways = r"/(base|draft|specreason|spec_decode|hierarchical|coin|oracle|threshold [\d.]+)$"  # who writes
     written = set()
     for name, module in SCRIPTS.items():
         out, trains = tmp_path / name.removesuffix(".py"), name not in ("budget_forcing.py", "specreason.py")
