@@ -23,7 +23,8 @@ Expect
     Held-out accuracy at temperature 1, 6 CPU minutes, one thread of an AMD EPYC, seed 0: 0.97 in words (step 284, 19
     tokens), 0.95 with one thought (step 378), 0.91 with two (step 1411), 0.98 with three thoughts and the answer alone
     (step 5000, 4 tokens); seeds 1 and 2 end at 0.62 and 0.79. One layer cannot answer at once: --mode no_cot ends at
-    0.27 to 0.30, pause at 0.26. A thought is a pass more; the second, put through the head, is step 1's result (97 %).
+    0.27 to 0.30, pause at 0.24 to 0.65. A thought is a pass more; the second, put through the head, is step 1's result
+    in 97 % of the problems.
 
 Differs from the paper in: a stage ends early once it is learnt (--gate 0 --epochs_per_stage 3: the paper's clock);
 mixed stages are drawn for a whole batch, so that its rows have equally many thoughts; gradients are clipped at 1; beta2
