@@ -584,7 +584,7 @@ def solve(cfg: Config) -> int:
     return 0
 
 
-# ---------------------------------------- below: the machine, the same text in every script that has it
+# ------------------------------------------- below: the machine, the same text in every script that has it
 
 
 # >>> shared: layers (same text in every script that has it; see tests/test_shared_blocks.py)

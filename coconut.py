@@ -402,7 +402,7 @@ def summary(run: "Run", model: "Model", prompter: "ThoughtPrompter") -> None:
             run.say(f"thought {i}  " + "  ".join(f"{p:.3f} ({share:.3f})" for p, share in zip(*row, strict=True)))
 
 
-# ---------------------------------------- below: the machine, the same text in every script that has it
+# ------------------------------------------- below: the machine, the same text in every script that has it
 
 
 # >>> shared: layers (same text in every script that has it; see tests/test_shared_blocks.py)

@@ -422,7 +422,7 @@ def train(cfg: Config) -> int:
     return run.finish(sampler, prompter)
 
 
-# ---------------------------------------- below: the machine, the same text in every script that has it
+# ------------------------------------------- below: the machine, the same text in every script that has it
 
 
 # >>> shared: layers (same text in every script that has it; see tests/test_shared_blocks.py)

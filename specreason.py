@@ -547,7 +547,7 @@ def save_records(run: "Run", records: list[dict], costs: dict) -> None:
     run.gather(0)
 
 
-def train(cfg: Config) -> int:
+def solve(cfg: Config) -> int:
     """Algorithm: for each problem, for each way: answer it, count and time; then compare."""
     run = Run(cfg)
     cfg.sweep_problems, cfg.steps = min(cfg.sweep_problems, cfg.eval_problems), cfg.eval_problems
@@ -1671,4 +1671,4 @@ def parse_config(config: type, argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.exit(record(main)(train, Config))
+    sys.exit(record(main)(solve, Config))

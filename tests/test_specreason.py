@@ -383,7 +383,7 @@ def test_the_digit_is_that_of_a_plain_pass_and_leaves_no_trace():
 def go(cwd, capfd):
     def go(flags: str) -> SimpleNamespace:
         with torch.inference_mode(False):
-            code = sr.main(sr.train, sr.Config, flags.split())
+            code = sr.main(sr.solve, sr.Config, flags.split())
         out, err = capfd.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)
 
