@@ -1,5 +1,7 @@
 """README.md tells the truth: the commands parse, the flags, files, functions and metrics it names exist."""
 
+import doctest
+import importlib.util
 import re
 import shlex
 import sys
@@ -18,6 +20,10 @@ import recurrent_depth  # noqa: E402
 import rewards  # noqa: E402
 import sft  # noqa: E402
 import specreason  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("results", ROOT / "docs" / "results.py")
+results = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(results)
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"grpo.py": grpo, "ppo.py": ppo, "nsr.py": nsr, "sft.py": sft, "coconut.py": coconut}
@@ -71,7 +77,7 @@ def test_experiments_parse(line):
 
 
 def test_flags_and_functions_exist():
-    flags = set(re.findall(r"(?<![\w-])--(\w+)", README)) - {"fix", "help", "standalone", "nproc_per_node"}
+    flags = set(re.findall(r"(?<![\w-])--(?:no-)?(\w+)", README)) - {"fix", "help", "standalone", "nproc_per_node"}
     known = {name for module in SCRIPTS.values() for name in module.Config.__dataclass_fields__}
     known |= set(re.findall(r'"--(\w+)"', (ROOT / "tests" / "bench.py").read_text(encoding="utf-8")))
     assert flags - known - {"index"} == set()
@@ -117,3 +123,59 @@ def test_every_metric_of_a_run_is_explained(tmp_path):
     optional |= {"explained_variance", "flipped/model/side", "kept", "eval/auc"}  # or what other tasks and flags write
     optional |= {place + name for place in ("", "eval/") for name in ("first_notation", "mixed", "right_actions")}
     assert explained - written - optional == set()  # only what a batch without right answers lacks
+
+
+EXPERIMENTS = results.all_results()
+
+
+def test_results_are_those_of_the_files(capsys):
+    """README's table and docs/results.md are what docs/results.py writes; a changed number is seen."""
+    assert results.main(["--check"]) == 0, capsys.readouterr().out
+    assert doctest.testmod(results).failed == 0
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_claim_evaluates(name):
+    about = EXPERIMENTS[name]
+    assert about["script"] in SCRIPTS and set(about["versions"]) >= {"python", "torch"}
+    for claim in about["claims"]:
+        assert isinstance(results.holds(claim, results.means(about)), bool)
+        assert results.verdict(claim, about).strip("*").split()[0] in {"yes", "no", "0", "1", "2", "3"}
+        assert results.measured(claim, about)  # a claim without a value says nothing
+    for command in about["commands"]:  # they parse, with a seed and stand-ins for what a reader fills in
+        line = re.sub(r"\bS\b", "7", command).replace("--mode M ", "--mode nsr ").replace("CHECKPOINT", "tiny")
+        words = shlex.split(line)
+        script = next(word for word in words if word in SCRIPTS)
+        SCRIPTS[script].parse_config(SCRIPTS[script].Config, words[words.index(script) + 1 :])
+
+
+BROKEN = {
+    "before": "comparison",
+    "a < __import__('os')": "allowed",
+    "after - nothing > 0": "allowed",
+    "x == 'y'": "allowed",
+}
+
+
+@pytest.mark.parametrize("claim", BROKEN)
+def test_a_claim_that_is_none_is_refused(claim):
+    with pytest.raises(ValueError, match=BROKEN[claim]):
+        results.holds(claim, {"after": 1.0, "a": 1.0, "x": 1.0})
+
+
+def test_results_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    good = (ROOT / "docs" / "results" / "grpo.json").read_text(encoding="utf-8")
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    for text in (
+        good.replace("[0, 1, 2]", "[0, 1]"),
+        good.replace('"script"', '"scripts"'),
+        "{",
+        good.replace("0.30", "x"),
+    ):
+        (tmp_path / "grpo.json").write_text(text, encoding="utf-8")
+        assert results.main(["--check"]) == 2
+        assert capsys.readouterr().err.startswith("results.py: error: ")
+
+
+def test_ppo_is_compared_with_the_grpo_that_is_stored():
+    assert EXPERIMENTS["ppo"]["values"]["grpo"] == EXPERIMENTS["grpo"]["values"]["after"]
