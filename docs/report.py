@@ -2,6 +2,7 @@
 
     python docs/report.py out/grpo-countdown-0                      writes out/grpo-countdown-0/report.html
     python docs/report.py out/grpo-* out/nsr-* --out compare.html   runs overlaid, differing settings first
+    python docs/report.py out/grpo-countdown-0 --explain 16         one group of step 16, token by token, as text
 
 The page shows each evaluation metric before and after; pass@k of the base and of each run where k takes several
 values, as a table and over log2 k, several runs by script and mode; accuracy over thinking tokens, the cap side and the
@@ -17,8 +18,11 @@ import html
 import itertools
 import json
 import math
+import os
 import re
 import sys
+import textwrap
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,8 +151,12 @@ def load_run(folder: Path, name: str, index: int) -> Run:
     run.notes += [f"{key}: {count} values not finite" for key, count in faults.most_common(8)]
     run.notes += [] if values else ["no numbers in metrics.jsonl yet"]
     if (folder / "samples.jsonl").is_file():
-        rows = read_jsonl(folder / "samples.jsonl", run.notes)
-        run.samples = list({(r["step"], str(r.get("group")), str(r.get("sample"))): r for r in rows}.values())
+        counts = Counter()  # the scripts write the answers of a group one after the other, without a number
+        for row in read_jsonl(folder / "samples.jsonl", run.notes):
+            where = row["step"], str(row.get("group"))
+            row.setdefault("sample", counts[where])
+            counts[where] += 1
+            run.samples.append(row)
     return run
 
 
@@ -488,9 +496,328 @@ def page(runs: list[Run]) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 
+# ---------------------------------------------------------------------------------------------------- explain
+
+WIDTH = 100  # columns of a line in the terminal
+
+
+def cells(text: str) -> int:
+    """Columns that a terminal gives the text.
+
+    >>> cells("a\\u4e2d")
+    3
+    """
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def fit(value: object, size: int) -> str:
+    """Any value as escaped text of exactly `size` columns."""
+    text = visible(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    while cells(text) > size:
+        text = text[: size - 3] + "..." if len(text) > size else text[:-4] + "..."
+    return text + " " * (size - cells(text))
+
+
+def fold(label: str, text: str, indent: int = 10) -> list[str]:
+    """A labelled text in lines of at most WIDTH columns, cut between characters."""
+    lines = [label.ljust(indent)]
+    for c in visible(clip(text, 2000)):
+        if cells(lines[-1] + c) > WIDTH:
+            lines.append(" " * indent)
+        lines[-1] += c
+    return lines
+
+
+def prose(label: str, text: str, indent: int = 10) -> list[str]:
+    """A labelled sentence of ours in lines of at most WIDTH columns, cut between words."""
+    ends = {"initial_indent": label.ljust(indent), "subsequent_indent": " " * indent}
+    return textwrap.wrap(visible(text), WIDTH, **ends)
+
+
+def note(text: str) -> list[str]:
+    return prose("note:", text, 6)
+
+
+def tokens_of(row: dict) -> list[dict]:
+    """The tokens of a sample: piece, p (None if unknown), mask, and whether its log-probability is stored as 0."""
+    found, keys = [], ("tokens", "pieces", "logprobs", "mask")
+    columns = (row[key] if isinstance(row.get(key), list) else [] for key in keys)
+    for token, piece, logprob, mask in itertools.zip_longest(*columns):
+        if token is None and piece is None:
+            continue
+        known = number(logprob) is not None
+        token = {"piece": piece if isinstance(piece, str) else f"[{token}]", "mask": int(mask != 0)}
+        token |= {"p": math.exp(min(logprob, 0.0)) if known else None}
+        found.append(token | {"zero": known and logprob == 0 and math.copysign(1, logprob) > 0})
+    return found
+
+
+def shown(piece: str) -> str:
+    """A piece with quotes where its ends would not be seen."""
+    return piece if piece.strip() == piece != "" or "\n" in piece else f"'{piece}'"
+
+
+def share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:7.2f}" if whole else f"{0:7.2f}"
+
+
+def rl_weights(script: str, flags: dict, rows: list[dict], first: int) -> tuple[list, list, list[str]]:
+    """For each answer of a group: |w A| of one token, up to a factor that the step has in common, or None where it is
+    unknown; "no" where no token of it can have been clipped, else "?"; and what the numbers leave out.
+
+    `first` counts the trained answers of the step in front of this group. With one update per rollout, and in the
+    first of several, pi is pi_old: the ratio is 1 and nothing is clipped.
+    """
+    notes, per_token, clipped, place = [], [], [], first
+    size = max(1, (number(flags.get("batch_size")) or 0) // (number(flags.get("updates")) or 1))
+    by_length = "sequence" in (flags.get("aggregation"), flags.get("normaliser"))
+    for row in rows:
+        a, length = abs(number(row.get("advantage")) or 0), len(tokens_of(row)) or 1
+        per_token.append(None if script == "ppo.py" else a / length if by_length else a)
+        clipped.append("no" if place < size and script != "ppo.py" else "?")
+        place += in_a_batch(script, row)
+    if script == "ppo.py":
+        notes.append("the advantage shown is the mean over the answer: samples.jsonl stores none for a token, and no "
+                     "value V, so shares of the loss cannot be told")  # fmt: skip
+        notes.append("mini-batches are drawn at random, and no ratios are stored: what was clipped is unknown")
+    elif "?" in clipped:
+        notes.append("?: trained in a later update of the rollout, and no ratios are stored")
+    if flags.get("mask_truncated"):
+        notes.append("--mask_truncated: answers that were cut off have mask 0 here; samples.jsonl says 1")
+    if flags.get("kl_coef"):
+        notes.append("the KL term is left out: log-probabilities under the reference are not stored")
+    return per_token, clipped, notes
+
+
+def in_a_batch(script: str, row: dict) -> bool:
+    """nsr.py cuts answers with advantage 0 before it makes its mini-batches."""
+    return script != "nsr.py" or bool(number(row.get("advantage")))
+
+
+def check_equation_1(flags: dict, rows: list[dict]) -> str:
+    """Whether the stored totals give the stored advantages by eq. 1 of grpo.py."""
+    totals = [number(as_dict(row.get("rewards")).get("total")) for row in rows]
+    advantages = [number(row.get("advantage")) for row in rows]
+    if flags.get("advantage") == "batch" or len(rows) < 2 or None in totals or None in advantages:
+        return "eq. 1 cannot be checked: it needs the rewards of the whole step (--advantage batch), or two answers"
+    mean = sum(totals) / len(totals)
+    std = math.sqrt(sum((r - mean) ** 2 for r in totals) / (len(totals) - 1))
+    scale = std + 1e-4 if flags.get("advantage") == "group" else 1.0
+    if max(totals) - min(totals) <= 1e-8:
+        scale = math.inf
+    gap = max(abs((r - mean) / scale - a) for r, a in zip(totals, advantages, strict=True))
+    told = f"eq. 1 from the totals above (mean {mean:.3f}, std {std:.3f}) "
+    if gap < 2e-4:
+        return told + "gives the stored advantages"
+    more = [f"--{name} {flags[name]}" for name in ("overlong_cache", "language_weight") if flags.get(name)]
+    return told + f"misses the stored advantages by {gap:.3f}: totals lack {', '.join(more) or 'a part of the reward'}"
+
+
+def explain_group(script: str, flags: dict, rows: list[dict], chosen: int, first: int) -> tuple[list[str], list[dict]]:
+    """The answers of a group as a table, and the tokens of one of them with their columns."""
+    per_token, clipped, notes = rl_weights(script, flags, rows, first)
+    texts, by_probability = [tokens_of(row) for row in rows], flags.get("objective") == "probability"
+    for row, text, w in zip(rows, texts, per_token, strict=True):
+        for token in text:
+            token["mask"] *= not (flags.get("mask_truncated") and row.get("truncated"))
+            p = 0.0 if token["p"] is None else token["p"]
+            token["loss %"] = None if w is None else w * token["mask"] * (p if by_probability else 1)
+            token["push %"] = None if w is None else token["loss %"] * (1 - p)
+    whole = {key: sum(token[key] or 0 for text in texts for token in text) for key in ("loss %", "push %")}
+    parts = [k for k, v in as_dict(rows[0].get("rewards")).items() if number(v) is not None and k != "total"][:3]
+    lines = ["  sample tokens  end " + "".join(f"{visible(k)[:10]:>11}" for k in [*parts, "total", "advantage"])]
+    lines[0] += "  right  loss %  answer"
+    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        rewards, a = as_dict(row.get("rewards")), number(row.get("advantage"))
+        numbers = (number(rewards.get(key)) for key in [*parts, "total"])
+        line = f"{'>' if i == chosen else ' '}{i:7}{len(text):7}  {'cut' if row.get('truncated') else '   '} "
+        line += "".join(f"{'' if v is None else format(v, '.3f'):>11}" for v in numbers)
+        line += f"{'' if a is None else format(a, '+.3f'):>11}  {'yes' if rewards.get('correct') else 'no ':5}"
+        sums = sum(token["loss %"] or 0 for token in text)
+        line += f"{'      ?' if per_token[i] is None else share(sums, whole['loss %'])}   "
+        lines.append(line + fit(rewards.get("answer") or "", max(6, WIDTH - len(line))).rstrip())
+    lines += note(check_equation_1(flags, rows)) if script == "grpo.py" else []
+    for i, text in enumerate(texts):
+        for token in text:
+            token["clipped"] = clipped[i]
+            for key in whole:
+                token[key] = "      ?" if token[key] is None else share(token[key], whole[key])
+    head = "loss %: share of |w A| of all tokens of the group; push %: the same times 1 - p, which is how far a step "
+    head += "moves the token's own logit: what was certain is not pushed"
+    return lines + note(head) + [line for text in notes for line in note(text)], texts[chosen]
+
+
+def token_lines(tokens: list[dict], columns: dict[str, int], first: int = 0) -> list[str]:
+    """A line for each token, the `first` of the trace on: its piece, p, and more columns of these sizes."""
+    lines = [f"{'t':>6}  {'token':20}{'p':>7}" + "".join(f"{name:>{size}}" for name, size in columns.items())]
+    for t, token in enumerate(tokens, first):
+        p = "      ?" if token["p"] is None else f"{token['p']:7.3f}"
+        more = "".join(f"{token[name]:>{size}}" for name, size in columns.items())
+        lines.append(f"{t:6}  {fit(shown(token['piece']), 20)}{p}{more}")
+    return lines
+
+
+def explain_budget(folder: Path, row: dict, sample: int) -> list[str]:
+    """A trace of budget_forcing.py, with what was appended to it as far as the records tell."""
+    path, tokens, lines = folder / f"step-{int(row['step']):06d}" / "records.json", tokens_of(row), []
+    saved = parse(path.read_bytes(), str(path)) if path.is_file() else {}
+    of = saved.get("of") if isinstance(saved.get("of"), list) and len(saved["of"]) == 4 else None
+    records = saved.get("records") if isinstance(saved.get("records"), list) else []
+    at = [r for r in map(as_dict, records) if (r.get("number"), r.get("sample")) == (row.get("group"), sample)]
+    zeros, wait, appended = sum(token["zero"] for token in tokens), "", None
+    if of:
+        lines += fold("setting", f"{of[0]}, {of[1]} {of[2]}: {json.dumps(of[3])}")
+        wait = str(as_dict(of[3]).get("wait", ""))
+    if at and number(at[0].get("sampled")) is not None and number(at[0].get("waits")) is not None:
+        r = at[0]
+        told = f"{r['sampled']} tokens sampled, {r.get('thinking')} of them thinking; {r['waits']} times the end of "
+        told += f"thinking was taken away; {'cut off by the budget' if r.get('forced') else 'ended by itself'}"
+        lines += prose("record", told)
+        appended = len(tokens) - (r["sampled"] - r["waits"])  # each end taken away was one sampled token
+    sure = appended is not None and appended == zeros
+    for token in tokens:
+        token["source"] = ("appended" if sure else "?") if token["zero"] else "sampled"
+    lines += ["", *token_lines(tokens, {"source": 12}), ""]
+    for is_zero, part in itertools.groupby(enumerate(tokens), lambda item: item[1]["zero"]):
+        (start, first), *rest = part
+        text = first["piece"] + "".join(token["piece"] for _, token in rest)
+        if is_zero and sure:
+            lines += fold("", f"{'inserted' if wait and text == wait else 'appended'} at t = {start}: {text}")
+    if not sure:
+        lines += note("samples.jsonl has no mask for appended tokens, only a log-probability of 0, which a token "
+                      "sampled with probability 1 has as well: those are marked ?")  # fmt: skip
+    return lines
+
+
+def explain_steps(folder: Path, flags: dict, row: dict) -> list[str]:
+    """A trace of specreason.py step by step: who wrote it, and the points of the draft's step."""
+    tokens, lines, group = tokens_of(row), [], row.get("group")
+    paths, record = sorted(folder.glob("step-*/records.json")), {}
+    records = parse(paths[-1].read_bytes(), str(paths[-1])).get("records") if paths else None
+    if isinstance(records, list) and type(group) is int and 0 <= group < len(records):
+        record = as_dict(as_dict(records[group]).get("specreason"))
+    marks = [m for m in record.get("marks") or [] if isinstance(m, list) and len(m) == 2 and number(m[0]) is not None]
+    first, threshold = number(flags.get("first_n")) or 0, number(flags.get("threshold"))
+    for delimiter in filter(None, (flags.get("delimiter"), "\n", "\n\n")):
+        steps, limit = [[]], number(flags.get("max_step_tokens")) or math.inf
+        for token in tokens:
+            if steps[-1] and (delimiter in steps[-1][-1]["piece"] or len(steps[-1]) >= limit):
+                steps.append([])
+            steps[-1].append(token)
+        if len(steps) == first + len(marks):
+            break
+    known = bool(marks) and len(steps) == first + len(marks) and threshold is not None
+    kept = sum(points >= threshold for points, _ in marks) if known else 0
+    known = known and kept == record.get("accepted")
+    if known:
+        gone = number(record.get("discarded")) or 0
+        told = f"{len(steps)}, of which the draft's stand in {kept} (threshold {threshold:g}); "
+        lines += prose("steps", f"{told}{gone:g} drafted tokens were thrown away")
+    t = 0
+    for i, step in enumerate(steps):
+        head = f"step {i}"
+        if known and i < first:
+            head += ": by the base, unasked (--first_n)"
+        elif known:
+            points, right = marks[i - first]
+            head += f": the draft's step got {points:g} points and was "
+            head += "kept" if points >= threshold else "refused; the base wrote this one"
+            head += f" (a solver says: the draft's was {'right' if right else 'wrong'})"
+        lines += ["", *prose("", head, 0), *token_lines(step, {}, t)]
+        t += len(step)
+    lines.append("")
+    if not known:
+        lines += note("who wrote which step cannot be told: the records in step-*/records.json are missing or do not "
+                      "fit this trace, and samples.jsonl names no writers")  # fmt: skip
+    return lines + note("p is the base's, whoever wrote the token; refused drafts are not stored, only their points")
+
+
+def explain(folder: Path, where: str) -> list[str]:
+    """One group or one trace of a run, token by token, as lines of at most WIDTH columns.
+
+    where: "", "STEP", "STEP.GROUP" or "STEP.GROUP.SAMPLE"; without them the last step logged, its first group, and the
+    shortest answer that is trained on. Raises ValueError where there is no such step, group or sample.
+    """
+    run = load_run(folder, folder.resolve().name, 0)
+    about = parse((folder / "run.json").read_bytes(), "run.json") if (folder / "run.json").is_file() else {}
+    script, flags = str(about.get("script", "")), as_dict(about.get("config"))
+    groups: dict[tuple, list] = {}
+    for row in run.samples:
+        groups.setdefault((row["step"], str(row.get("group"))), []).append(row)
+
+    def pick(given: str, among: list, what: str) -> object:
+        names = [f"{name:g}" if type(name) is float else str(name) for name in among]
+        if given and given not in names:
+            raise ValueError(f"--explain {where}: no {what} {given} in samples.jsonl; there: {clip(', '.join(names))}")
+        return among[names.index(given)] if given else None
+
+    if not groups:
+        raise ValueError(f"{folder}: no completions in samples.jsonl to explain")
+    asked = [*where.split("."), "", ""][:3]
+    steps = list(dict.fromkeys(step for step, _ in groups))
+    step = pick(asked[0], steps, "step") if asked[0] else steps[-1]
+    names = [name for s, name in groups if s == step]
+    name = pick(asked[1], names, "group") if asked[1] else names[0]
+    rows = groups[step, name]
+    signal = [i for i, row in enumerate(rows) if number(row.get("advantage"))] or [0]
+    chosen = min(signal, key=lambda i: len(tokens_of(rows[i])))
+    chosen = pick(asked[2], list(range(len(rows))), "sample") if asked[2] else chosen
+    row, rewards = rows[chosen], as_dict(rows[chosen].get("rewards"))
+
+    title = (
+        f"{run.name}: {script or 'unknown script'}, step {step} of {len(steps)} logged ({steps[0]} to {steps[-1]}), "
+    )
+    title += f"group {name} of {', '.join(names)}, sample {chosen} of {len(rows)}"
+    lines = prose("", clip(title, 300), 0) + fold("problem", json.dumps(row.get("problem"), ensure_ascii=False))
+    lines += fold("prompt", str(row.get("prompt") or ""))
+    if script in ("grpo.py", "ppo.py", "nsr.py"):
+        before = sum(in_a_batch(script, row) for other in names[: names.index(name)] for row in groups[step, other])
+        table_lines, tokens = explain_group(script, flags, rows, chosen, before)
+        sign = number(row.get("advantage")) or 0
+        way = "makes every token of it " + ("likelier" if sign > 0 else "less likely") if sign else "does nothing to it"
+        lines += [
+            "",
+            *table_lines,
+            "",
+            f"sample {chosen}: the loss {'differs by token' if script == 'ppo.py' else way}",
+        ]
+        for token in tokens:
+            token["advantage"] = f"{sign:+.3f}"
+        columns = {"mask": 6, "advantage": 11, "clipped": 9, "loss %": 9, "push %": 9}
+        columns = {name: size for name, size in columns.items() if script != "ppo.py" or name in ("mask", "advantage")}
+        return lines + token_lines(tokens, columns)
+    lines += fold("rewards", json.dumps(rewards, ensure_ascii=False))
+    if script == "budget_forcing.py":
+        return lines + explain_budget(folder, row, chosen)
+    if script == "specreason.py":
+        return lines + explain_steps(folder, flags, row)
+    lines += ["", *token_lines(tokens_of(row), {"mask": 6})]
+    return lines + note("no advantages: this script is not reinforcement learning")
+
+
+def paint(line: str) -> str:
+    """A line for a terminal that shows colours: headings bold, what was certain dim."""
+    if re.match(r" *\d+  .{1,20} +1\.000( |$)", line):
+        return f"\x1b[2m{line}\x1b[0m"
+    return f"\x1b[1m{line}\x1b[0m" if line[:1] not in ("", " ") and not line.startswith("note") else line
+
+
 def stop(message: str) -> None:
     print(f"report.py: error: {visible(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def print_lines(folder: Path, where: str) -> None:
+    """`explain` on the terminal; plain text where it goes into a file or a pipe."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    try:
+        for line in explain(folder, where):
+            print(paint(line.rstrip()) if colours else line.rstrip())
+    except BrokenPipeError:  # the reader has seen enough: | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        stop(str(error))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -498,9 +825,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that a script wrote")
     parser.add_argument("--out", default="", help="page to write (default: report.html in the first RUN)")
+    where = "print one group or trace token by token, and write no page (default: the last step)"
+    parser.add_argument("--explain", nargs="?", const="", metavar="STEP[.GROUP[.SAMPLE]]", help=where)
     parser.error = stop  # one line, no usage
     args = parser.parse_args(argv)
     folders = [Path(run) for run in args.runs]
+    if args.explain is not None:
+        if len(folders) > 1 or args.out:
+            stop("--explain prints one group of one RUN: give one folder and no --out")
+        return print_lines(folders[0], args.explain)
     names = [folder.resolve().name for folder in folders]
     names = [name if names.count(name) == 1 else str(folders[i]) for i, name in enumerate(names)]
     out = Path(args.out or folders[0] / "report.html")

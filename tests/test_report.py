@@ -454,3 +454,150 @@ def test_thinning_keeps_spikes_and_smoothing_keeps_lines():
 
 def test_examples_in_docstrings():
     assert doctest.testmod(report).failed == 0 and doctest.testmod(report).attempted >= 2
+
+
+# ---------------------------------------------------------------------------------------------------- --explain
+
+
+def explained(run: Path, where: str = "") -> list[str]:
+    return report.explain(run, where)
+
+
+def rl_run(tmp_path: Path, script: str, rows: list[dict], **config) -> Path:
+    """A run with these samples, written as the scripts do it: without a number for the answers of a group."""
+    run = fake_run(tmp_path / script.removesuffix(".py"), steps=1)
+    config = {"batch_size": 4, "updates": 1, "advantage": "group", "aggregation": "sequence"} | config
+    (run / "run.json").write_text(json.dumps({"script": script, "config": config}), encoding="utf-8")
+    write_lines(run / "samples.jsonl", rows)
+    return run
+
+
+def answer(pieces: str, p: float, total: float, advantage: float, group: int = 0, **more) -> dict:
+    row = {"step": 1, "group": group, "problem": {"target": 8}, "prompt": "4,4=8<think>", "pieces": list(pieces)}
+    row |= {"tokens": [1] * len(pieces), "mask": [1] * len(pieces), "logprobs": [round(math.log(p), 4)] * len(pieces)}
+    rewards = {"format": 1.0, "answer": pieces, "correct": total > 0.5, "total": total}
+    return row | {"rewards": rewards, "advantage": advantage, "truncated": False} | more
+
+
+def test_every_answer_of_a_group_is_kept_and_numbered(tmp_path):
+    """The scripts write no number for an answer: none may replace another."""
+    rows = [answer("ab", 0.5, 1.0, 0.7071), answer("abcd", 0.25, 0.0, -0.7071)]
+    run = rl_run(tmp_path, "grpo.py", rows)
+    assert [row["sample"] for row in report.load_run(run, "a", 0).samples] == [0, 1]
+    assert draw(run).count('class="card"') == 2
+
+
+@pytest.mark.parametrize("aggregation, shares", [("sequence", (50, 50)), ("token", (100 / 3, 200 / 3))])
+def test_shares_of_the_loss_by_hand(tmp_path, aggregation, shares):
+    """Two answers of 2 and 4 tokens, advantages +-0.7071: w is 1/n by answer, or the same for all tokens. A token of
+    probability p is pushed by 1 - p: 0.5 and 0.75.
+    """
+    rows = [answer("ab", 0.5, 1.0, 0.7070), answer("abcd", 0.25, 0.0, -0.7070)]
+    lines = explained(rl_run(tmp_path, "grpo.py", rows, aggregation=aggregation), "1.0.0")
+    group = [line.split() for line in lines if re.match(r"[> ] {6}[01] ", line)]
+    assert [float(line[-2]) for line in group] == pytest.approx(shares, abs=0.01) and lines[5].startswith(">")
+    token = lines[-1].split()
+    push = 0.5 * shares[0] / (0.5 * shares[0] + 0.75 * shares[1])
+    assert token[:6] == ["1", "b", "0.500", "1", "+0.707", "no"]
+    assert [float(x) for x in token[6:]] == pytest.approx([shares[0] / 2, 50 * push], abs=0.01)
+    assert "gives the stored advantages" in " ".join(lines)
+
+
+def test_what_samples_do_not_say_is_said(tmp_path):
+    rows = [answer("ab", 0.5, 1.0, 0.9), answer("abcd", 0.25, 0.0, -0.9), answer("ef", 0.5, 0.0, 0.0, group=1)]
+    told = " ".join(
+        " ".join(explained(rl_run(tmp_path, "grpo.py", rows, overlong_cache=64, kl_coef=0.1), "1.0")).split()
+    )
+    assert "misses the stored advantages by 0.193: totals lack --overlong_cache 64" in told
+    assert "the KL term is left out" in told
+    told = " ".join(explained(rl_run(tmp_path, "ppo.py", rows), "1.0"))
+    assert "stores none for a token" in told and "clipped is unknown" in " ".join(told.split()) and "   ?" in told
+    late = rl_run(
+        tmp_path, "nsr.py", rows, updates=4, batch_size=4
+    )  # a mini-batch of one: the second is in a later one
+    assert explained(late, "1.0.0")[-1].split()[5] == "no" and explained(late, "1.0.1")[-1].split()[5] == "?"
+    cut = [row | {"truncated": True} for row in rows]
+    (tmp_path / "x").mkdir()
+    lines = explained(rl_run(tmp_path / "x", "grpo.py", cut, mask_truncated=True), "1.0.0")
+    assert (
+        lines[-1].split()[3] == "0" and lines[-1].split()[-2:] == ["0.00", "0.00"] and any("mask 0" in x for x in lines)
+    )
+
+
+def test_group_sample_and_step_are_chosen(tmp_path):
+    rows = [answer("ab", 0.5, 1.0, 0.0), answer("abcd", 0.5, 1.0, -0.5), answer("xyz", 0.5, 1.0, 0.5, group=7)]
+    run = rl_run(tmp_path, "grpo.py", [*rows, rows[0] | {"step": 3, "pieces": ["Q", "R"]}])
+    assert "step 3 of 2 logged" in explained(run)[0] and explained(run)[-1].split()[1] == "R"
+    assert "sample 1 of 2" in explained(run, "1")[0] and explained(run, "1.7")[-1].split()[1] == "z"
+    for where, words in (("2", "no step 2"), ("1.8", "no group 8"), ("1.0.9", "no sample 9"), ("x", "no step x")):
+        with pytest.raises(ValueError, match=words):
+            explained(run, where)
+
+
+@pytest.mark.parametrize("script", ["grpo.py", "ppo.py", "nsr.py", "budget_forcing.py", "specreason.py", "coconut.py"])
+def test_explained_lines_fit_and_are_escaped(tmp_path, script):
+    row = answer("ab", 0.5, 1.0, 0.5, problem=HOSTILE * 9, prompt=HOSTILE * 9) | {
+        "pieces": [HOSTILE, "\u4e2d" * 99, " "]
+    }
+    row["rewards"] |= {"answer": HOSTILE, HOSTILE: 1.5, "b": 2.5, "c": 3.5}
+    run = rl_run(tmp_path, script, [row, row | {"pieces": "abc", "logprobs": [None, "x", -(10**400)], "mask": None}])
+    for lines in (explained(run), explained(run, "1.0.1")):
+        assert max(map(report.cells, lines)) <= 100
+        assert not re.search("[\x00-\x1f\x7f\u202e]", "".join(lines))
+    (run / "run.json").unlink()
+    assert "unknown script" in explained(run)[0]
+
+
+def test_appended_tokens_of_a_budget(tmp_path):
+    """Sampled 4 tokens, of which one was the end of thinking, taken away for the Wait: 3 sampled stay, 3 appended."""
+    row = answer("12345", 0.5, 0.0, 0.0) | {"pieces": ["1", "wait", "2", "</think>", "<answer>", "3"]}
+    row |= {"tokens": [1] * 6, "logprobs": [-0.7, 0.0, -0.7, 0.0, 0.0, -0.0], "mask": [1] * 6}
+    run = rl_run(tmp_path, "budget_forcing.py", [row])
+    told = "\n".join(explained(run))
+    assert told.count("  ?") == 3 and "has no mask for appended tokens" in told
+    record = {"number": 0, "sample": 0, "waits": 1, "sampled": 4, "thinking": 3, "forced": True}
+    (run / "step-000001").mkdir()
+    saved = {"of": ["tiny", "wait", 1, {"wait": "wait", "n_wait": 1}], "records": [record]}
+    (run / "step-000001" / "records.json").write_text(json.dumps(saved), encoding="utf-8")
+    told = "\n".join(explained(run))
+    assert "inserted at t = 1: wait" in told and "appended at t = 3: </think><answer>" in told and "  ?" not in told
+    assert told.count("    sampled") == 3 and "tiny, wait 1" in told
+
+
+def test_kept_and_refused_steps(tmp_path):
+    row = answer("ab\ncd\nef", 0.5, 1.0, 0.0)
+    run = rl_run(tmp_path, "specreason.py", [row], threshold=5, first_n=1, delimiter="", max_step_tokens=48)
+    assert "cannot be told" in "\n".join(explained(run))
+    (run / "step-000001").mkdir()
+    found = {"marks": [[7.0, True], [2.0, False]], "accepted": 1.0, "discarded": 9.0}
+    (run / "step-000001" / "records.json").write_text(
+        json.dumps({"records": [{"specreason": found}]}), encoding="utf-8"
+    )
+    steps = [line for line in explained(run) if line.startswith("step ")]
+    assert "by the base, unasked" in steps[0] and "7 points and was kept" in steps[1] and "2 points" in steps[2]
+    assert "refused" in steps[2] and "9 drafted tokens" in "\n".join(explained(run))
+
+
+def test_explain_as_a_command(tmp_path, monkeypatch, capsys):
+    """Plain in a pipe, bold heads on a terminal, one line for what cannot be; no page is written."""
+    run = rl_run(tmp_path, "grpo.py", [answer("ab", 0.9999, 1.0, 0.5)])
+    report.main([str(run), "--explain", "1"])
+    plain = capsys.readouterr().out
+    assert "\x1b" not in plain and plain.startswith("grpo: grpo.py, step 1") and not (run / "report.html").exists()
+    monkeypatch.setattr(report.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    report.main([str(run), "--explain"])
+    coloured = capsys.readouterr().out
+    assert "\x1b[1mgrpo: grpo.py" in coloured and "\x1b[2m" in coloured
+    assert re.sub(r"\x1b\[\dm", "", coloured) == plain
+    for args, words in (
+        ([str(run), "--explain", "9"], "no step 9"),
+        ([str(run), str(run), "--explain", "1"], "one RUN"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            report.main(args)
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
+    (run / "samples.jsonl").unlink()
+    with pytest.raises(ValueError, match="no completions"):
+        explained(run)
