@@ -3,6 +3,7 @@
     python docs/report.py out/grpo-countdown-0                      writes out/grpo-countdown-0/report.html
     python docs/report.py out/grpo-* out/nsr-* --out compare.html   runs overlaid, differing settings first
     python docs/report.py out/grpo-countdown-0 --explain 16         one group of step 16, token by token, as text
+    python docs/report.py out/grpo-* --out grpo.svg --show reward,completion_length      a picture of these metrics
 
 The page shows each evaluation metric before and after; pass@k of the base and of each run where k takes several
 values, as a table and over log2 k, several runs by script and mode; accuracy over thinking tokens, the cap side and the
@@ -179,10 +180,14 @@ def smooth(points: list) -> list:
     return [(points[i][0], (total[i + r + 1] - total[i - r]) / (2 * r + 1)) for i, r in enumerate(reach)]
 
 
-def panel(title: str, lines: list, ends: tuple, names: tuple, dots: bool, most: int = 240, ticks: tuple = ()) -> str:
-    """One figure. lines: (css, points, {x: standard error}) per run; ends, names: of the x axis; ticks: (x, name)."""
+def plot(
+    lines: list, ends: tuple, names: tuple, dots: bool, most: int = 240, ticks: tuple = (), marked: list | tuple = ()
+) -> str:
+    """The inside of a figure of 276 x 108. lines: (css, points, {x: standard error}); ends, names: of the x axis;
+    ticks: (x, name); marked: (x, y, name) of a point.
+    """
     ys = [y + side * e.get(x, 0) for _, points, e in lines for x, y in points for side in (-1, 1)]
-    low, high, marks, last = min(ys), max(ys), "", ""
+    low, high, marks = min(ys), max(ys), ""
 
     def at(x: float, y: float) -> tuple[str, str]:
         across = (x - ends[0]) / ((ends[1] - ends[0]) or 1)
@@ -198,14 +203,27 @@ def panel(title: str, lines: list, ends: tuple, names: tuple, dots: bool, most: 
             (cx, cy), bar = at(x, y), (at(x, y + side * errors.get(x, 0))[1] for side in (-1, 1))
             marks += f'<path class="{css}" d="M{cx},{"V".join(bar)}"/>' * (x in errors)
             marks += f'<circle class="{css}" cx="{cx}" cy="{cy}" r="2.2"><title>{num(y)}</title></circle>'
-        last += f'<span class="{css}">{num(points[-1][1])}</span>'
     grid = "".join(f"M{LEFT},{y}H{RIGHT}" for y in (TOP, (TOP + BOTTOM) / 2, BOTTOM))
     texts = (LEFT - 5, TOP + 3, num(high)), (LEFT - 5, BOTTOM + 3, num(low)), (RIGHT, BOTTOM + 13, names[1])
     labels = "".join(f'<text x="{x}" y="{y}" text-anchor="end">{text}</text>' for x, y, text in texts)
     labels += f'<text x="{LEFT}" y="{BOTTOM + 13}">{names[0]}</text>'
     middle = f'y="{BOTTOM + 13}" text-anchor="middle"'
     labels += "".join(f'<text x="{at(x, low)[0]}" {middle}>{text}</text>' for x, text in ticks)
-    svg = f'<svg viewBox="0 0 276 108"><path class="grid" d="{grid}"/>{marks}{labels}</svg>'
+    taken = []  # boxes of the names of points: the next one goes where there is room, the nearest place first
+    for x, y, text in marked:
+        (cx, cy), width = map(float, at(x, y)), 5 * len(text)
+        left = cx - 5 - width if cx > (LEFT + 2 * RIGHT) / 3 else cx + 5
+        tops = sorted(range(TOP, BOTTOM + 1), key=lambda top: abs(top - cy - 3))
+        free = (top for top in tops if all(abs(top - v) > 8 or left > w or left + width < u for u, w, v in taken))
+        taken.append((left, left + width, top := next(free, cy)))
+        labels += f'<text x="{left:.0f}" y="{top:.0f}">{esc(text, 30)}</text>'
+    return f'<path class="grid" d="{grid}"/>{marks}{labels}'
+
+
+def panel(title: str, lines: list, *axes) -> str:
+    """One figure of the page: a title, the last value of each line, and their plot."""
+    last = "".join(f'<span class="{css}">{num(points[-1][1])}</span>' for css, points, _ in lines)
+    svg = f'<svg viewBox="0 0 276 108">{plot(lines, *axes)}</svg>'
     return f"<figure><figcaption><strong>{esc(title, 60)}</strong>{last}</figcaption>{svg}</figure>"
 
 
@@ -292,7 +310,7 @@ def pass_at_k(runs: list[Run]) -> str:
     if not rows:
         return ""
     axis, ticks = (math.log2(ks[0]), math.log2(ks[-1])), tuple((math.log2(k), k) for k in ks)
-    chart = panel("pass@k over log2 k (dashed: base)", lines, axis, ("", ""), True, ticks=ticks)
+    chart = panel("pass@k over log2 k (dashed: base)", lines, axis, ("", ""), True, 240, ticks)
     head = ["run", "evaluated at", *(f"k = {k}" for k in ks)]
     return table(head, rows) + f'<div class="panels one">{chart}</div>'
 
@@ -302,27 +320,34 @@ APART = {"budgets below": ("cap", "reject", "prompt")}  # the picture in which a
 APART["extended, or k samples"] = ("wait", "none", "word", "vote", "best", "any")
 
 
+def thinking_lines(runs: list[Run], sides: tuple) -> tuple[list, list, tuple, tuple]:
+    """budget_forcing.py: accuracy over log2 of the thinking tokens, a line for each model and side: the lines, (run and
+    name, css) of each, and ends and names of the axis.
+    """
+    lines, legend = [], []
+    for run in runs:
+        for name in (n for n in run.series if n.startswith("accuracy/") and SIDE.fullmatch(n)):
+            of, side = SIDE.fullmatch(name).group("of", "side")
+            tokens = dict(run.series.get(f"thinking_tokens/{of}", ()))
+            points = {math.log2(tokens[x]): (y, x) for x, y in run.series[name] if tokens.get(x, 0) > 0}
+            if name[-3:] == "_se" or side not in sides or not points:
+                continue
+            errors, css = dict(run.series.get(name + "_se", ())), f"c{len(lines) % 8} d{len(lines) // 8 % 3}"
+            bars = {x: errors[step] for x, (_, step) in points.items() if step in errors}
+            lines.append((css, [(x, y) for x, (y, _) in sorted(points.items())], bars))
+            legend.append((of if len(runs) == 1 else f"{of} ({run.name})", css))
+    xs = [x for _, points, _ in lines for x, _ in points] or [0]
+    return lines, legend, (min(xs), max(xs)), tuple(f"{2**x:.0f} tokens" for x in (min(xs), max(xs)))
+
+
 def thinking_tokens(runs: list[Run]) -> str:
-    """budget_forcing.py: accuracy over log2 of the thinking tokens, a line per model and side; "" without such runs."""
+    """Both pictures of `thinking_lines`; "" without runs of budget_forcing.py."""
     found = ""
     for title, sides in APART.items():
-        lines, legend = [], []
-        for run in runs:
-            for name in (n for n in run.series if n.startswith("accuracy/") and SIDE.fullmatch(n)):
-                of, side = SIDE.fullmatch(name).group("of", "side")
-                tokens = dict(run.series.get(f"thinking_tokens/{of}", ()))
-                points = {math.log2(tokens[x]): (y, x) for x, y in run.series[name] if tokens.get(x, 0) > 0}
-                if name[-3:] == "_se" or side not in sides or not points:
-                    continue
-                errors, css = dict(run.series.get(name + "_se", ())), f"c{len(lines) % 8} d{len(lines) // 8 % 3}"
-                bars = {x: errors[step] for x, (_, step) in points.items() if step in errors}
-                lines.append((css, [(x, y) for x, (y, _) in sorted(points.items())], bars))
-                legend.append(chip(run, of if len(runs) == 1 else f"{of} ({run.name})", css))
+        lines, legend, *axis = thinking_lines(runs, sides)
         if lines:
-            xs = [x for _, points, _ in lines for x, _ in points]
-            ends = min(xs), max(xs)
-            chart = panel(title, lines, ends, tuple(f"{2**x:.0f} tokens" for x in ends), True)
-            found += f'<p>{"".join(legend)}</p><div class="panels one">{chart}</div>'
+            chips = "".join(chip(runs[0], name, css) for name, css in legend)
+            found += f'<p>{chips}</p><div class="panels one">{panel(title, lines, *axis, True)}</div>'
     return found
 
 
@@ -340,16 +365,26 @@ def settings(runs: list[Run]) -> str:
 # ----------------------------------------------------------------------------------------------------- traces
 
 
-def spans(row: dict) -> list[str]:
-    """One <i> per token: p1 (likely) to p5 (surprising), m = not trained on, e = has an escaped character."""
+def tokens_of(row: dict) -> list[dict]:
+    """The tokens of a sample: piece, p (None if unknown), mask, and whether its log-probability is stored as 0."""
     found, keys = [], ("tokens", "pieces", "logprobs", "mask")
     columns = (row[key] if isinstance(row.get(key), list) else [] for key in keys)
     for token, piece, logprob, mask in itertools.zip_longest(*columns):
         if token is None and piece is None:
             continue
-        piece, css, title = piece if isinstance(piece, str) else f"[{token}]", "m" * (mask == 0), ""
-        if number(logprob) is not None:
-            p = math.exp(min(logprob, 0.0))
+        known = number(logprob) is not None
+        token = {"piece": piece if isinstance(piece, str) else f"[{token}]", "mask": int(mask != 0)}
+        token |= {"p": math.exp(min(logprob, 0.0)) if known else None}
+        found.append(token | {"zero": known and logprob == 0 and math.copysign(1, logprob) > 0})
+    return found
+
+
+def spans(row: dict) -> list[str]:
+    """One <i> per token: p1 (likely) to p5 (surprising), m = not trained on, e = has an escaped character."""
+    found = []
+    for token in tokens_of(row):
+        piece, p, css, title = token["piece"], token["p"], "m" * (not token["mask"]), ""
+        if p is not None:
             css, title = css or f"p{sum(p < c for c in LIKELY)}", f' title="{p:.3g}"'
         css += " e" * (visible(piece) != piece)
         found.append(f'<i class="{css}"{title}>{esc(piece)}</i>' + "\n" * ("\n" in piece))
@@ -367,8 +402,8 @@ def middle_out(parts: list[str], room: float) -> str:
     return "".join(parts[:head]) + note + "".join(parts[len(parts) - tail :])
 
 
-def card(row: dict, room: float) -> str:
-    """One completion: its rewards, advantage and flags, then its tokens in about `room` bytes."""
+def card(row: dict, room: float, equal: int = 0) -> str:
+    """One completion: rewards, advantage, flags, then its tokens in about `room` bytes, the first `equal` faint."""
     words, tokens = [f"sample <b>{esc(row.get('sample'), 20)}</b>"], spans(row)
     for key, value in list(as_dict(row.get("rewards")).items())[:12]:
         shown = f"{esc(key, 40)} <b>{esc(value, 100) if number(value) is None else num(value)}</b>"
@@ -378,7 +413,8 @@ def card(row: dict, room: float) -> str:
         words.append(f"advantage <b>{num(row['advantage'], '+')}</b>")
     words += [f"{len(tokens):,} tokens", "<b class=bad>truncated</b>" if row.get("truncated") else ""]
     top = "".join(f"<span>{word}</span>" for word in words)
-    return f'<div class="card"><p>{top}</p><pre>{middle_out(tokens, room)}</pre></div>'
+    faint = f'<span class="s">{middle_out(tokens[:equal], room / 2)}</span>' * (equal > 0)
+    return f'<div class="card"><p>{top}</p><pre>{faint}{middle_out(tokens[equal:], room)}</pre></div>'
 
 
 def group(rows: list[dict], room: float) -> str:
@@ -410,6 +446,37 @@ def traces(run: Run, room: float) -> str:
         blocks = (group(rows, room / 3 / len(shown)) for rows in shown)
         found += f"<h3>Step {num(step)}{of}</h3>{''.join(blocks)}"
     return found if steps else found + "<p>No completions logged (samples.jsonl).</p>"
+
+
+def same_prompts(runs: list[Run], room: float) -> str:
+    """Problems that were logged more than once, by steps of a run or by several runs, side by side: of each run
+    the first and the last time. "" where none came twice.
+    """
+    found: dict[str, dict] = {}  # problem, or prompt without one -> (run, step) -> its answers
+    for i, run in enumerate(runs):
+        for row in run.samples:
+            key = json.dumps(row.get("problem") or row.get("prompt"))
+            found.setdefault(key, {}).setdefault((i, row["step"]), []).append(row)
+    twice = []
+    for times in found.values():
+        of_run = [[when for when in sorted(times) if when[0] == i] for i in range(len(runs))]
+        ends = [when for steps in of_run for when in dict.fromkeys([*steps[:1], *steps[-1:]])]
+        twice += [{when: times[when] for when in ends[:4]}] if len(ends) > 1 else []
+    twice.sort(key=lambda times: (-len(times), -max(step for _, step in times)))  # most columns, then the latest
+    text = ""
+    for times in twice[:4]:
+        first, columns = next(iter(times.values()))[0], ""
+        start = [token["piece"] for token in tokens_of(first)]
+        for (i, step), rows in times.items():
+            pieces = [token["piece"] for token in tokens_of(rows[0])]
+            equal = sum(itertools.takewhile(bool, (a == b for a, b in zip(start, pieces, strict=False))))
+            equal *= rows[0] is not first
+            right = sum(bool(as_dict(row.get("rewards")).get("correct")) for row in rows)
+            head = f"{chip(runs[i])}step {num(step)}, {right} of {len(rows)} correct"
+            columns += f"<div><p>{head}</p>{card(rows[0], room / 4 / len(times) - 800, equal)}</div>"
+        text += f'<pre class="problem">{esc(first.get("problem"), 300)}\n{esc(first.get("prompt") or "", 300)}</pre>'
+        text += f'<div class="panels beside">{columns}</div>'
+    return text
 
 
 # ------------------------------------------------------------------------------------------------------- page
@@ -458,15 +525,23 @@ polyline,path{fill:none;stroke:var(--c);stroke-width:1.7;stroke-linejoin:round}c
 dl{margin:0;columns:3 290px;column-gap:2.2rem}dl div{display:flex;gap:1em;justify-content:space-between;
 break-inside:avoid;border-bottom:1px solid var(--line)}dd{margin:0;text-align:right;overflow-wrap:anywhere}
 pre{margin:.3rem 0;white-space:pre-wrap;overflow-wrap:anywhere}.card{margin:.5rem 0;overflow:hidden}
-.card p{display:flex;flex-wrap:wrap;gap:0 1.3em}p b{color:var(--ink);font-weight:600}
+.card p{overflow-wrap:anywhere;display:flex;flex-wrap:wrap;gap:0 1.3em}p b{color:var(--ink);font-weight:600}
 p .good{color:var(--good)}p .bad{color:var(--bad)}
 i{font-style:normal;border-radius:2px;unicode-bidi:isolate;print-color-adjust:exact}
 .p1{background:rgb(var(--hot)/.1)}.p2{background:rgb(var(--hot)/.2)}.p3{background:rgb(var(--hot)/.33)}
 .p4{background:rgb(var(--hot)/.48)}.p5{background:rgb(var(--hot)/.66)}.e{color:var(--c0)}
-.m{color:var(--soft);border-bottom:1px dotted}summary{cursor:pointer;margin:.4rem 0}
+.m{color:var(--soft);border-bottom:1px dotted}.s{opacity:.45}.beside{align-items:start;
+grid-template-columns:repeat(auto-fit,minmax(250px,1fr))}summary{cursor:pointer;margin:.4rem 0}
 @media print{html{font-size:11px}body{padding:0;font-size:1rem}.legend{position:static}.wide{overflow:visible}
 th,td{padding-left:.8rem}.panels{grid-template-columns:repeat(3,1fr)}}
 """
+
+COLOURS = "".join(f".c{i}{{--c:var(--c{i})}}" for i in range(8)) + ".base{--c:var(--ink)}"
+INSIDE = "".join(re.findall(r":root\{[^}]*\}|@media screen[^}]*\}\}", STYLE)).replace("\n", "") + COLOURS
+INSIDE += "text{font:9.5px system-ui,sans-serif;fill:var(--soft)}.title{font-size:11px;fill:var(--ink)}"
+INSIDE += "".join(re.findall(r"polyline,path\{[^}]*\}circle\{[^}]*\}|\.grid\{.*\n|\.thin\{.*\n", STYLE)).replace(
+    "\n", ""
+)
 
 
 def page(runs: list[Run]) -> str:
@@ -482,18 +557,104 @@ def page(runs: list[Run]) -> str:
         ("Accuracy over thinking tokens", thinking_tokens(runs)),
         ("Curves", f"<p>{hint}</p>{curves(runs)}"),
         ("Settings", settings(runs)),
-        ("Completions, token by token", f"<p>Colour: probability when sampled.</p><pre>{LEGEND}</pre>"),
     ):
         body += f"<h2>{heading}</h2>{text}" * bool(text)
     room = max(0, PAGE_BYTES - len(body.encode()) - len(STYLE))
+    if beside := same_prompts(runs, min(room / 4, 150_000)):
+        told = "Of each run the first and the last time that a problem was logged. Faint: as in the first column."
+        body += f"<h2>The same problems, side by side</h2><p>{told}</p>{beside}"
+        room = max(0, room - len(beside.encode()))
+    body += f"<h2>Completions, token by token</h2><p>Colour: probability when sampled.</p><pre>{LEGEND}</pre>"
     for run in runs:
         text = traces(run, room / len(runs))
         fits = len(body.encode()) + len(text.encode()) + len(STYLE) < PAGE_BYTES + 20_000
         body += text if fits else f"<p>{chip(run)} left out: the page is full; draw this run alone</p>"
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    colours = "".join(f".c{i}{{--c:var(--c{i})}}" for i in range(8)) + ".base{--c:var(--ink)}"
-    head += f"<title>{esc(title)}</title><style>{STYLE}{colours}</style>"
+    head += f"<title>{esc(title)}</title><style>{STYLE}{COLOURS}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+
+
+# ---------------------------------------------------------------------------------------------------- picture
+
+WIDE, HIGH, HEAD = 290, 134, 18  # of a panel in a picture, with its title and the space around it
+
+
+def over_metric(runs: list[Run], across: str, up: str) -> tuple:
+    """What `plot` needs: the last values of metric `up` over those of `across` with the same text in place of the *."""
+    lines, labels, pattern = [], [], re.compile(re.escape(up).replace(r"\*", "(.+)"))
+    for run in runs:
+        for way, points in ((m[1], run.series[m[0]]) for m in map(pattern.fullmatch, run.series) if m):
+            if other := run.series.get(across.replace("*", way)):
+                x, y, error = other[-1][1], points[-1][1], run.series.get(up.replace("/*", "_se/*").replace("*", way))
+                lines.append((run.css, [(x, y)], {x: error[-1][1]} if error else {}))
+                labels.append((x, y, way))
+    xs = [x for x, _, _ in labels] or [0]
+    return lines, (min(xs), max(xs)), (num(min(xs)), num(max(xs))), True, 240, (), labels
+
+
+def over_number(runs: list[Run], name: str) -> tuple:
+    """What `plot` needs: the last values of a metric over log2 of the number in place of its *, a line for each run; of
+    a single run also the first values, dashed.
+    """
+    lines, ticks, pattern = [], {}, re.compile(re.escape(name).replace(r"\*", r"([1-9]\d{0,6})"))
+    for run in runs:
+        found = {int(m[1]): run.series[m[0]] for m in map(pattern.fullmatch, run.series) if m}
+        ticks |= {math.log2(k): k for k in found}
+        twice = len(runs) == 1 and any(len(points) > 1 for points in found.values())
+        for when in ([0] * twice + [-1]) if found else ():
+            points = [(math.log2(k), found[k][when][1]) for k in sorted(found)]
+            lines.append((run.css + " first" * (when == 0), points, {}))
+    ends = min(ticks, default=0), max(ticks, default=0)
+    return lines, ends, ("", ""), True, 240, tuple(ticks.items())
+
+
+def over_steps(runs: list[Run], name: str) -> tuple:
+    lines = [(r.css, r.series[name], dict(r.series.get(name + "_se", ()))) for r in runs if name in r.series]
+    steps = [x for _, points, _ in lines for x, _ in points] or [0]
+    ends = min(steps), max(steps)
+    return lines, ends, (f"step {num(ends[0])}", num(ends[1])), name.startswith("eval/"), 120
+
+
+def picture(runs: list[Run], names: list[str]) -> str:
+    """A few panels as one SVG for a README, readable in light and dark.
+
+    A name is a metric (over steps), one with a * for a number (over log2 of it, at the last evaluation), ACROSS:UP, two
+    metrics with a * each (one over the other), or thinking (both pictures of budget_forcing.py).
+    """
+    arms: dict[str, list[Run]] = {}  # runs whose names differ in the number behind them, the seed, share a colour
+    for run in runs:
+        arms.setdefault(re.sub(r"-\d+$", "", run.name), []).append(run)
+    for i, of_arm in enumerate(arms.values()):
+        for run in of_arm:
+            run.css = f"c{i % 8} d{i // 8 % 3}"
+    names_of = [(arm if len(of) > 1 else of[0].name, of) for arm, of in arms.items()]
+    panels, legend = [], [(name + f", {len(of)} runs" * (len(of) > 1), of[0].css) for name, of in names_of]
+    for name in names:
+        if name == "thinking":
+            found = {f"accuracy, {title}": thinking_lines(runs, sides) for title, sides in APART.items()}
+            panels += [(title, (lines, *axis, True)) for title, (lines, _, *axis) in found.items() if lines]
+            legend = list(dict.fromkeys(one for _, (_, chips, *_) in found.items() for one in chips))
+        elif ":" in name:
+            title = " over ".join(part.removesuffix("/*") for part in reversed(name.split(":", 1)))
+            panels.append((title, over_metric(runs, *name.split(":", 1))))
+        else:
+            panels.append((name, (over_number if "*" in name else over_steps)(runs, name)))
+    empty = [title for title, (lines, *_) in panels if not lines] or ["thinking"] * (not panels)
+    if empty:
+        raise ValueError(f"--show: no {empty[0]} in {', '.join(run.name for run in runs)}")
+    across, body = min(3, len(panels)), ""
+    for i, (title, drawn) in enumerate(panels):
+        body += f'<g transform="translate({i % across * WIDE + 4} {i // across * HIGH + HEAD})">'
+        body += f'<text class="title" x="{LEFT}" y="-4">{esc(title, 60)}</text>{plot(*drawn)}</g>'
+    x, y = 8.0, math.ceil(len(panels) / across) * HIGH + 14
+    for text, css in legend:
+        width = 36 + 5.5 * len(text)
+        x, y = (8.0, y + 16) if x + width > across * WIDE else (x, y)
+        body += f'<path class="{css}" d="M{x:.0f},{y - 3}h18"/><text x="{x + 23:.0f}" y="{y}">{esc(text, 60)}</text>'
+        x += width
+    back = f'<rect fill="var(--bg)" width="{across * WIDE}" height="{y + 8}"/>'
+    size = f'width="{across * WIDE}" viewBox="0 0 {across * WIDE} {y + 8}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{INSIDE}</style>{back}{body}</svg>\n'
 
 
 # ---------------------------------------------------------------------------------------------------- explain
@@ -538,27 +699,13 @@ def note(text: str) -> list[str]:
     return prose("note:", text, 6)
 
 
-def tokens_of(row: dict) -> list[dict]:
-    """The tokens of a sample: piece, p (None if unknown), mask, and whether its log-probability is stored as 0."""
-    found, keys = [], ("tokens", "pieces", "logprobs", "mask")
-    columns = (row[key] if isinstance(row.get(key), list) else [] for key in keys)
-    for token, piece, logprob, mask in itertools.zip_longest(*columns):
-        if token is None and piece is None:
-            continue
-        known = number(logprob) is not None
-        token = {"piece": piece if isinstance(piece, str) else f"[{token}]", "mask": int(mask != 0)}
-        token |= {"p": math.exp(min(logprob, 0.0)) if known else None}
-        found.append(token | {"zero": known and logprob == 0 and math.copysign(1, logprob) > 0})
-    return found
-
-
 def shown(piece: str) -> str:
     """A piece with quotes where its ends would not be seen."""
     return piece if piece.strip() == piece != "" or "\n" in piece else f"'{piece}'"
 
 
 def share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:7.2f}" if whole else f"{0:7.2f}"
+    return f"{100 * part / (whole or 1):7.2f}"
 
 
 def rl_weights(script: str, flags: dict, rows: list[dict], first: int) -> tuple[list, list, list[str]]:
@@ -764,9 +911,7 @@ def explain(folder: Path, where: str) -> list[str]:
     chosen = pick(asked[2], list(range(len(rows))), "sample") if asked[2] else chosen
     row, rewards = rows[chosen], as_dict(rows[chosen].get("rewards"))
 
-    title = (
-        f"{run.name}: {script or 'unknown script'}, step {step} of {len(steps)} logged ({steps[0]} to {steps[-1]}), "
-    )
+    title = f"{run.name}: {script or 'unknown script'}, step {step} of {len(steps)} logged, {steps[0]} to {steps[-1]}, "
     title += f"group {name} of {', '.join(names)}, sample {chosen} of {len(rows)}"
     lines = prose("", clip(title, 300), 0) + fold("problem", json.dumps(row.get("problem"), ensure_ascii=False))
     lines += fold("prompt", str(row.get("prompt") or ""))
@@ -775,16 +920,12 @@ def explain(folder: Path, where: str) -> list[str]:
         table_lines, tokens = explain_group(script, flags, rows, chosen, before)
         sign = number(row.get("advantage")) or 0
         way = "makes every token of it " + ("likelier" if sign > 0 else "less likely") if sign else "does nothing to it"
-        lines += [
-            "",
-            *table_lines,
-            "",
-            f"sample {chosen}: the loss {'differs by token' if script == 'ppo.py' else way}",
-        ]
+        way = "differs by token" if script == "ppo.py" else way
+        lines += ["", *table_lines, "", f"sample {chosen}: the loss {way}"]
         for token in tokens:
             token["advantage"] = f"{sign:+.3f}"
-        columns = {"mask": 6, "advantage": 11, "clipped": 9, "loss %": 9, "push %": 9}
-        columns = {name: size for name, size in columns.items() if script != "ppo.py" or name in ("mask", "advantage")}
+        columns = {"mask": 6, "advantage": 11}
+        columns |= {"clipped": 9, "loss %": 9, "push %": 9} if script != "ppo.py" else {}
         return lines + token_lines(tokens, columns)
     lines += fold("rewards", json.dumps(rewards, ensure_ascii=False))
     if script == "budget_forcing.py":
@@ -824,24 +965,28 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("report.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that a script wrote")
-    parser.add_argument("--out", default="", help="page to write (default: report.html in the first RUN)")
+    about = "page, or with --show picture, to write (default: report.html in the first RUN)"
+    parser.add_argument("--out", default="", metavar="FILE.html|FILE.svg", help=about)
+    about = "metrics of a picture, between commas: reward, eval/pass@* (over the number), a/*:b/* (b over a), thinking"
+    parser.add_argument("--show", default="", metavar="NAMES", help=about)
     where = "print one group or trace token by token, and write no page (default: the last step)"
     parser.add_argument("--explain", nargs="?", const="", metavar="STEP[.GROUP[.SAMPLE]]", help=where)
     parser.error = stop  # one line, no usage
     args = parser.parse_args(argv)
     folders = [Path(run) for run in args.runs]
     if args.explain is not None:
-        if len(folders) > 1 or args.out:
-            stop("--explain prints one group of one RUN: give one folder and no --out")
+        if len(folders) > 1 or args.out or args.show:
+            stop("--explain prints one group of one RUN: give one folder, no --out and no --show")
         return print_lines(folders[0], args.explain)
     names = [folder.resolve().name for folder in folders]
     names = [name if names.count(name) == 1 else str(folders[i]) for i, name in enumerate(names)]
-    out = Path(args.out or folders[0] / "report.html")
-    if out.suffix not in (".html", ".htm"):  # so that a slip does not overwrite a run's file
-        stop(f"--out {out}: give a file name that ends in .html")
+    out, ends = Path(args.out or folders[0] / "report.html"), (".svg",) if args.show else (".html", ".htm")
+    if out.suffix not in ends:  # so that a slip does not overwrite a run's file
+        stop(f"--out {out}: give a file name that ends in {ends[0]}{' with' if args.show else ', or'} --show")
     try:
         runs = [load_run(folder, names[i], i) for i, folder in enumerate(folders)]
-        out.write_text(page(runs), encoding="utf-8", newline="\n")
+        text = picture(runs, args.show.split(",")) if args.show else page(runs)
+        out.write_text(text, encoding="utf-8", newline="\n")
     except (ValueError, OSError) as error:
         stop(str(error))
     for note in [f"{run.name}: {note}" for run in runs for note in run.notes]:

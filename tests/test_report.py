@@ -32,7 +32,7 @@ def fake_sample(step: int, group: int, sample: int, rng: random.Random) -> dict:
     pieces = [*text, "</think>", "<answer>", *answer, "</answer>"]
     logprobs = [math.log(1 - rng.random() ** 6 * 0.98) for _ in pieces]
     rewards = {"format": 0.1, "answer": answer, "correct": correct, "total": 1.1 if correct else 0.1}
-    problem = {"numbers": [4, 2, 9], "target": 18}
+    problem = {"numbers": [4, 2, 9], "target": 18, "number": 2 * step + group}  # each step draws new ones
     row = {"step": step, "group": group, "sample": sample, "problem": problem, "prompt": "4,2,9=18<think>"}
     row |= {"tokens": [ord(p[0]) for p in pieces], "pieces": pieces, "logprobs": logprobs, "mask": [1] * len(pieces)}
     return row | {"rewards": rewards, "advantage": 0.8 if correct else -0.4, "truncated": rng.random() < 0.1}
@@ -454,6 +454,80 @@ def test_thinning_keeps_spikes_and_smoothing_keeps_lines():
 
 def test_examples_in_docstrings():
     assert doctest.testmod(report).failed == 0 and doctest.testmod(report).attempted >= 2
+
+
+def test_same_problems_stand_side_by_side(tmp_path):
+    """Of a prompt that came back, the first and the last time; of two runs, both; nothing where none came twice."""
+    rows = [
+        answer(text, 0.5, total, 0.0) | {"step": s} for s, text, total in ((1, "abc", 0), (2, "x", 0), (9, "abd", 1))
+    ]
+    run = rl_run(tmp_path, "grpo.py", [*rows, answer("q", 0.5, 0, 0.0) | {"step": 5, "problem": "once"}])
+    page = draw(run)
+    part = page[page.index("<h2>The same problems") : page.index("<h2>Completions")]
+    assert re.findall(r"step (\d), (\d of \d) correct", part) == [("1", "0 of 1"), ("9", "1 of 1")]
+    assert part.count('class="card"') == 2 and "once" not in part and ">x<" not in part
+    faint = re.findall('<span class="s">(.*?)</span>', part)  # what the second answer shares with the first
+    assert len(faint) == 1 and re.sub("<[^>]+>", "", faint[0]) == "ab"
+    (tmp_path / "b").mkdir()
+    other = rl_run(tmp_path / "b", "nsr.py", [answer("abc", 0.5, 1.0, 0.0)])
+    page = draw(run, other, out=tmp_path / "x.html")
+    assert [w for w, _ in re.findall(r"step (\d), (\d of \d) correct", page)] == ["1", "9", "1"]
+    Outline(page)
+    assert "<h2>The same problems" not in draw(other)
+
+
+# --------------------------------------------------------------------------------------------------------- picture
+
+
+def picture(tmp_path: Path, show: str, *folders: Path) -> str:
+    report.main([*map(str, folders), "--out", str(tmp_path / "x.svg"), "--show", show])
+    text = (tmp_path / "x.svg").read_text(encoding="utf-8")
+    Outline(text)
+    assert text.startswith('<svg xmlns="http://www.w3.org/2000/svg"') and "prefers-color-scheme:dark" in text
+    assert not re.search(r"url\(|@import|<script|//[a-z](?!ww\.w3)", text) and len(text) < 40_000
+    return text
+
+
+def test_picture_of_metrics(tmp_path):
+    """Panels in the order asked for; runs that differ in the seed behind their name share a colour; names are text."""
+    runs = [fake_run(tmp_path / name, steps=30, seed=s) for s, name in enumerate(("a-0", "a-1", "b<i>-0"))]
+    text = picture(tmp_path, "reward,eval/pass@*", *runs)
+    assert re.findall('class="title"[^>]*>(.*?)<', text) == ["reward", "eval/pass@*"]
+    assert text.count('<polyline class="c0') == 4 and text.count('<polyline class="c1') == 2
+    assert ">a, 2 runs<" in text and ">b&lt;i&gt;-0<" in text
+    ticks = re.findall('<text x="[0-9.]+" y="105" text-anchor="middle">(\\d+)<', text)
+    assert ticks == ["1", "2", "4", "8", "16", "32", "64"]
+    assert "first" in re.sub(
+        "<style>.*</style>", "", picture(tmp_path, "eval/pass@*", runs[0])
+    )  # dashed, of one run alone
+
+
+def test_picture_of_one_metric_over_another(tmp_path):
+    run = fake_run(tmp_path / "a")
+    row = {"step": 9, "gain/x": 0.5, "gain_se/x": 0.1, "cost/x": 2.0, "gain/y z": 0.25, "cost/y z": 4.0, "gain/w": 1.0}
+    write_lines(run / "metrics.jsonl", [row])
+    text = picture(tmp_path, "cost/*:gain/*", run)
+    assert ">gain over cost<" in text and text.count("<circle") == 2 and ">x<" in text and ">y z<" in text
+    assert ">w<" not in text  # it has no cost
+    places = [float(y) for y in re.findall(r'<text x="\d+" y="(\d+)">[xy]', text)]
+    assert len(places) == 2
+
+
+def test_names_of_points_do_not_overlap():
+    near = [(0.5, 0.5, f"way {i}") for i in range(8)]
+    text = report.plot([("c0", [(0.0, 0.0), (1.0, 1.0)], {})], (0, 1), ("", ""), True, 240, (), near)
+    tops = sorted(int(y) for y in re.findall(r'y="(\d+)">way', text))
+    assert len(tops) == 8 and min(b - a for a, b in zip(tops, tops[1:], strict=False)) > 8
+
+
+def test_pictures_that_cannot_be_drawn(tmp_path, capsys):
+    run, svg = str(fake_run(tmp_path / "a")), str(tmp_path / "x.svg")
+    bad = {("--out", svg, "--show", "nothing"): "no nothing in a", ("--out", svg): ".html, or --show"}
+    bad |= {("--show", "loss"): ".svg with --show", ("--out", svg, "--show", "thinking"): "no thinking in a"}
+    for args, words in bad.items():
+        with pytest.raises(SystemExit) as stopped:
+            report.main([run, *args])
+        assert stopped.value.code == 2 and words in capsys.readouterr().err and not Path(svg).exists()
 
 
 # ---------------------------------------------------------------------------------------------------- --explain
