@@ -588,8 +588,8 @@ def over_metric(runs: list[Run], across: str, up: str) -> tuple:
                 x, y, error = other[-1][1], points[-1][1], run.series.get(up.replace("/*", "_se/*").replace("*", way))
                 lines.append((run.css, [(x, y)], {x: error[-1][1]} if error else {}))
                 labels.append((x, y, way))
-    xs = [x for x, _, _ in labels] or [0]
-    return lines, (min(xs), max(xs)), (num(min(xs)), num(max(xs))), True, 240, (), labels
+    ends = min((x for x, _, _ in labels), default=0), max((x for x, _, _ in labels), default=0)
+    return lines, ends, tuple(map(num, ends)), True, 240, (), labels
 
 
 def over_number(runs: list[Run], name: str) -> tuple:
@@ -695,10 +695,6 @@ def prose(label: str, text: str, indent: int = 10) -> list[str]:
     return textwrap.wrap(visible(text), WIDTH, **ends)
 
 
-def note(text: str) -> list[str]:
-    return prose("note:", text, 6)
-
-
 def shown(piece: str) -> str:
     """A piece with quotes where its ends would not be seen."""
     return piece if piece.strip() == piece != "" or "\n" in piece else f"'{piece}'"
@@ -783,7 +779,7 @@ def explain_group(script: str, flags: dict, rows: list[dict], chosen: int, first
         sums = sum(token["loss %"] or 0 for token in text)
         line += f"{'      ?' if per_token[i] is None else share(sums, whole['loss %'])}   "
         lines.append(line + fit(rewards.get("answer") or "", max(6, WIDTH - len(line))).rstrip())
-    lines += note(check_equation_1(flags, rows)) if script == "grpo.py" else []
+    lines += prose("note:", check_equation_1(flags, rows)) if script == "grpo.py" else []
     for i, text in enumerate(texts):
         for token in text:
             token["clipped"] = clipped[i]
@@ -791,7 +787,7 @@ def explain_group(script: str, flags: dict, rows: list[dict], chosen: int, first
                 token[key] = "      ?" if token[key] is None else share(token[key], whole[key])
     head = "loss %: share of |w A| of all tokens of the group; push %: the same times 1 - p, which is how far a step "
     head += "moves the token's own logit: what was certain is not pushed"
-    return lines + note(head) + [line for text in notes for line in note(text)], texts[chosen]
+    return lines + prose("note:", head) + [line for text in notes for line in prose("note:", text)], texts[chosen]
 
 
 def token_lines(tokens: list[dict], columns: dict[str, int], first: int = 0) -> list[str]:
@@ -831,8 +827,8 @@ def explain_budget(folder: Path, row: dict, sample: int) -> list[str]:
         if is_zero and sure:
             lines += fold("", f"{'inserted' if wait and text == wait else 'appended'} at t = {start}: {text}")
     if not sure:
-        lines += note("samples.jsonl has no mask for appended tokens, only a log-probability of 0, which a token "
-                      "sampled with probability 1 has as well: those are marked ?")  # fmt: skip
+        lines += prose("note:", "samples.jsonl has no mask for appended tokens, only a log-probability of 0, which "
+                       "what was sampled with probability 1 has as well: those are marked ?")  # fmt: skip
     return lines
 
 
@@ -874,9 +870,10 @@ def explain_steps(folder: Path, flags: dict, row: dict) -> list[str]:
         t += len(step)
     lines.append("")
     if not known:
-        lines += note("who wrote which step cannot be told: the records in step-*/records.json are missing or do not "
-                      "fit this trace, and samples.jsonl names no writers")  # fmt: skip
-    return lines + note("p is the base's, whoever wrote the token; refused drafts are not stored, only their points")
+        lines += prose("note:", "who wrote which step cannot be told: the records in step-*/records.json are missing "
+                       "or do not fit this trace, and samples.jsonl names no writers")  # fmt: skip
+    told = "p is the base's, whoever wrote the token; refused drafts are not stored, only their points"
+    return lines + prose("note:", told)
 
 
 def explain(folder: Path, where: str) -> list[str]:
@@ -933,7 +930,7 @@ def explain(folder: Path, where: str) -> list[str]:
     if script == "specreason.py":
         return lines + explain_steps(folder, flags, row)
     lines += ["", *token_lines(tokens_of(row), {"mask": 6})]
-    return lines + note("no advantages: this script is not reinforcement learning")
+    return lines + prose("note:", "no advantages: this script is not reinforcement learning")
 
 
 def paint(line: str) -> str:
@@ -961,7 +958,7 @@ def print_lines(folder: Path, where: str) -> None:
         stop(str(error))
 
 
-def main(argv: list[str] | None = None) -> None:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("report.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that a script wrote")
@@ -972,7 +969,11 @@ def main(argv: list[str] | None = None) -> None:
     where = "print one group or trace token by token, and write no page (default: the last step)"
     parser.add_argument("--explain", nargs="?", const="", metavar="STEP[.GROUP[.SAMPLE]]", help=where)
     parser.error = stop  # one line, no usage
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
     folders = [Path(run) for run in args.runs]
     if args.explain is not None:
         if len(folders) > 1 or args.out or args.show:

@@ -169,11 +169,15 @@ def pages() -> dict[Path, str]:
     return {README: f"{before}{BEGIN}\n{table(experiments)}\n{END}{after}", PAGE: page(experiments)}
 
 
-def main(argv: list[str] | None = None) -> int:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("results.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--check", action="store_true", help="say what is out of date, write nothing")
-    args, stale = parser.parse_args(argv), 0
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, stale = arguments(argv), 0
     try:
         wanted = pages()
     except (ValueError, ArithmeticError, OSError) as error:

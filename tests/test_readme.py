@@ -1,5 +1,6 @@
-"""README.md tells the truth: the commands parse, the flags, files, functions and metrics it names exist."""
+"""README.md, docs/ and docstrings tell the truth: commands parse; files, flags, functions, metrics, figures exist."""
 
+import ast
 import doctest
 import importlib.util
 import re
@@ -21,78 +22,142 @@ import rewards  # noqa: E402
 import sft  # noqa: E402
 import specreason  # noqa: E402
 
-spec = importlib.util.spec_from_file_location("results", ROOT / "docs" / "results.py")
-results = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(results)
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+def load(name: str):
+    """A file of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+report, results = load("report"), load("results")
 SCRIPTS = {"grpo.py": grpo, "ppo.py": ppo, "nsr.py": nsr, "sft.py": sft, "coconut.py": coconut}
 SCRIPTS |= {"recurrent_depth.py": recurrent_depth, "budget_forcing.py": budget_forcing, "specreason.py": specreason}
-TEXTS = {"README.md": README, "models/README.md": (ROOT / "models" / "README.md").read_text(encoding="utf-8")}
-TEXTS |= {name: module.__doc__ for name, module in SCRIPTS.items()}
-COMMANDS = sorted(
-    {
-        (script, line.partition(" #")[0].strip())
-        for text in TEXTS.values()
-        for line in re.sub(r"\\\n\s*", "", text).splitlines()
-        for script in SCRIPTS
-        if re.match(
-            rf"\s*(python|torchrun .*?)\s+{re.escape(script)}\b",
-            line.replace("pip install -r requirements.txt && ", ""),
-        )
-    }
-)
+PAGES = ["README.md", "models/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
+README, METRICS = TEXTS["README.md"], TEXTS["docs/metrics.md"]
+DOCSTRINGS = {name: module.__doc__ for name, module in SCRIPTS.items()}
+DOCSTRINGS |= {"docs/report.py": report.__doc__, "docs/results.py": results.__doc__}
+for helper in ("bench", "smollm2", "test_shared_blocks"):
+    DOCSTRINGS[f"tests/{helper}.py"] = ast.get_docstring(
+        ast.parse((ROOT / "tests" / f"{helper}.py").read_text("utf-8"))
+    )
+EXPERIMENTS = results.all_results()
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+# what a reader fills in, or a shell; forks stand for the script that they are copied from
+STAND_INS = {r"\bS\b": "7", r"--mode M\b": "--mode nsr", r"\bCHECKPOINT\b": "tiny", r"\$\(last [^)]*\)": "tiny"}
+STAND_INS |= {r"--perturb \$rule": "--perturb shuffle:0.67", r"--select \$rule": "--select random"}
+STAND_INS |= {r"--loss_on \$part": "--loss_on answer", r"--mode \$m": "--mode psr", r"\bmedian\.py\b": "grpo.py"}
 
 
-@pytest.mark.parametrize("script, line", COMMANDS)
-def test_commands_parse(script, line):
-    words = shlex.split(line.replace("pip install -r requirements.txt && ", ""))
-    argv = words[words.index(script) + 1 :]
-    if "--resume" not in argv:
-        SCRIPTS[script].parse_config(SCRIPTS[script].Config, argv)
+def commands(text: str) -> list[list[str]]:
+    """The words of every command line of Python and torchrun in indented lines and in `code`, without comments."""
+    named = dict(re.findall(r"(\w+)=((?:countdown|generalpoints|knights|s3)\S*?)(?:;|\n)", text))
+    text = re.sub(r"--task \$(\w+)", lambda m: f"--task {named[m[1]]}", re.sub(r"\\\n\s*", "", text))
+    lines = re.findall(r"^ {2,}(\S.*)$", text, re.MULTILINE)
+    lines += [re.sub(r"\s+", " ", code) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+    found = []
+    for line in lines:
+        for part in re.split(r" && | \|\| |; |;$", line.partition(" #")[0].partition("   ")[0]):
+            part = re.sub(r"^do ", "", part.strip())
+            for pattern, stand_in in STAND_INS.items():
+                part = re.sub(pattern, stand_in, part)
+            if re.match(r"(python|torchrun) .*(\.py| -m )", part) and "..." not in part and " -c " not in part:
+                found.append(shlex.split(re.sub(r"\$\w+", "2", part)))
+    return found
 
 
-def test_there_are_commands():
-    assert len(COMMANDS) >= 8
+EVERY = [(where, words) for where, text in (TEXTS | DOCSTRINGS).items() for words in commands(text or "")]
 
 
-DATA = (ROOT / "docs" / "sft_experiments.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("where, line", sorted({(where, shlex.join(words)) for where, words in EVERY}))
+def test_commands_parse(where, line):
+    """Scripts and docs/*.py through their own parsers; of other files in tests/, the flags that their text knows."""
+    words = shlex.split(line)
+    at = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "-m")
+    name, argv = words[at], words[at + 1 :]
+    if name == "-m":
+        assert argv[0] in ("pytest", "doctest")
+    elif name in SCRIPTS:
+        if "--resume" not in argv:
+            cfg = SCRIPTS[name].parse_config(SCRIPTS[name].Config, argv)
+            if not cfg.data and cfg.task != "text":
+                rewards.make_task(cfg.task)
+            if name == "sft.py":
+                sft.check_flags(cfg)
+    elif name in ("docs/report.py", "docs/results.py"):
+        args = (report if name == "docs/report.py" else results).arguments(argv)
+        assert not getattr(args, "show", "") or Path(args.out).suffix == ".svg"
+    else:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert all(word in text for word in argv if word.startswith("--"))
 
 
-@pytest.mark.parametrize("line", sorted(set(re.findall(r"^    +(python .*)$", DATA, re.MULTILINE))))
-def test_experiments_parse(line):
-    """The shell's variables stand for numbers, tasks and rules; the tasks exist."""
-    named = dict(re.findall(r"(\w+)=((?:countdown|generalpoints|knights)\S*?)(?:;|\n)", DATA))
-    line = re.sub(r"\$\(last [^)]*\)", "tiny", line)
-    line = re.sub(r"--perturb \$rule", "--perturb shuffle:0.67", line)
-    line = re.sub(r"--select \$rule", "--select random", line)
-    line = re.sub(r"--loss_on \$part", "--loss_on answer", line)
-    line = re.sub(r"--task \$(\w+)", lambda m: f"--task {named[m[1]]}", line)
-    _, script, *argv = shlex.split(re.sub(r"\$\w+", "2", line))
-    if "--resume" not in argv:
-        cfg = SCRIPTS[script].parse_config(SCRIPTS[script].Config, argv)
-        rewards.make_task(cfg.task)
-        if script == "sft.py":
-            sft.check_flags(cfg)
+def test_every_kind_of_command_is_found():
+    """The reader of commands reads: each script from its docstring, the README's block of pictures, inline code."""
+    named = {word for _, words in EVERY for word in words}
+    assert (
+        set(SCRIPTS) | {"docs/report.py", "docs/results.py", "tests/bench.py", "tests/test_shared_blocks.py"} <= named
+    )
+    assert sum("--show" in words for where, words in EVERY if where == "README.md") >= 7
+    assert ["python", "grpo.py", "--seed", "7"] in commands("so `python grpo.py --seed\nS` it is")
+    assert len(EVERY) >= 100
 
 
-def test_flags_and_functions_exist():
-    flags = set(re.findall(r"(?<![\w-])--(?:no-)?(\w+)", README)) - {"fix", "help", "standalone", "nproc_per_node"}
-    known = {name for module in SCRIPTS.values() for name in module.Config.__dataclass_fields__}
-    known |= set(re.findall(r'"--(\w+)"', (ROOT / "tests" / "bench.py").read_text(encoding="utf-8")))
-    assert flags - known - {"index"} == set()
-    rows = [line for line in README.splitlines() if line.startswith("| ") and ".py" in line]
-    assert len(rows) >= 8
-    for row in rows:
-        names = re.findall(r"`([\w.]+)`", row.split("|")[3])
+# ------------------------------------------------------------------------------------ files, flags, functions
+
+
+def test_files_exist():
+    """Every path that a page or a docstring names; links and pictures too. What a run writes lies in out/."""
+    for where, text in (TEXTS | DOCSTRINGS).items():
+        plain = re.sub(r"\bout/\S+|https?://\S+|\bstep-\S+", "", text or "")
+        names = set(re.findall(r"(?<![\w/*.-])(?:docs|tests|models|\.ci)/[\w./-]*\w", plain))
+        names |= set(re.findall(r"(?<![\w/.-])[a-z_0-9]+\.py\b", plain)) - {"median.py"}
         for name in names:
+            places = [ROOT, ROOT / "tests", ROOT / "docs"]
+            assert any((folder / name).exists() for folder in places), f"{where} names {name}"
+        for link in re.findall(r"\]\(([^)#]+)", text or ""):
+            if not link.startswith("https://"):
+                assert ((ROOT / where).parent / link).is_file(), f"{where} links to {link}"
+
+
+def test_flags_exist():
+    known = {name for module in SCRIPTS.values() for name in module.Config.__dataclass_fields__}
+    known |= {"help", "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}  # argparse, torchrun
+    known |= {"deps", "index-url"}  # pip
+    for helper in ("tests/bench.py", "tests/test_shared_blocks.py", "docs/report.py", "docs/results.py"):
+        known |= set(re.findall(r'"--(\w+)"', (ROOT / helper).read_text(encoding="utf-8")))
+    for where, text in (TEXTS | DOCSTRINGS).items():
+        flags = set(re.findall(r"(?<![\w-])--(?:no-)?(\w[\w-]*)", text or ""))
+        assert flags - known == set(), where
+
+
+def test_functions_of_the_map_exist():
+    rows = [line for line in README.splitlines() if line.startswith("| ") and "arxiv.org" in line]
+    assert len(rows) >= 15
+    for row in rows:
+        for name in re.findall(r"`([\w.]+)`", row.split("|")[3]):
             found = [m for m in (*SCRIPTS.values(), rewards) if hasattr(m, name.split(".")[0])]
             found = [m for m in found if all(hasattr(getattr(m, name.split(".")[0]), n) for n in name.split(".")[1:])]
             assert found, f"{name} of {row}"
 
 
+# ----------------------------------------------------------------------------------------------------- metrics
+
+
+def explained_metrics() -> set[str]:
+    found = set()
+    for row in METRICS[METRICS.index("| metric | meaning |") :].splitlines()[2:]:
+        for name in re.findall(r"`([^`]+)`", row.split("|")[1]):
+            found.add(f"completion_length{name}" if name.startswith("/") else name)
+    return found
+
+
 def test_every_metric_of_a_run_is_explained(tmp_path):
-    """One step of each script; every key of metrics.jsonl has a row in the README's table, and none is stale."""
+    """One step of each script; every key of metrics.jsonl has a row in docs/metrics.md, and none is stale."""
     small = "--steps 1 --batch_size 4 --eval_problems 2 --eval_samples 2 --max_new_tokens 16".split()
     more = {"grpo.py": "--group_size 2", "ppo.py": "--group_size 2 --mini_batches 1", "sft.py": "--num_layers 1"}
     more["coconut.py"] = "--hidden_size 32"
@@ -109,11 +174,7 @@ def test_every_metric_of_a_run_is_explained(tmp_path):
         for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             keys = set(grpo.json.loads(line))
             written |= {re.sub(ways, "/model", key) for key in keys} if name == "specreason.py" else keys
-    table = README[README.index("| metric | meaning |") :].partition("\n\n")[0]
-    explained = set()
-    for row in table.splitlines()[2:]:
-        for name in re.findall(r"`([^`]+)`", row.split("|")[1]):
-            explained.add(f"completion_length{name}" if name.startswith("/") else name)
+    explained = explained_metrics()
     written = {re.sub(r"pass@\d+", "pass@k", name) for name in written}
     written = {re.sub(r"@\d+$", "@r", name) for name in written}  # recurrent_depth.py: iterations, ways to read a row
     written = {re.sub(r"/(full|exit|warm|shared|both)$", "/way", name) for name in written}
@@ -125,7 +186,15 @@ def test_every_metric_of_a_run_is_explained(tmp_path):
     assert explained - written - optional == set()  # only what a batch without right answers lacks
 
 
-EXPERIMENTS = results.all_results()
+def test_pictures_show_metrics_that_exist():
+    explained = explained_metrics()
+    shown = [words[words.index("--show") + 1] for _, words in EVERY if "--show" in words]
+    assert len(shown) >= 7
+    for name in {part for names in shown for part in re.split("[,:]", names)} - {"thinking", "NAMES"}:
+        assert any(name.replace("*", end) in explained for end in ("k", "r", "model")), name
+
+
+# ----------------------------------------------------------------------------------------------------- figures
 
 
 def test_results_are_those_of_the_files(capsys):
@@ -142,19 +211,10 @@ def test_every_claim_evaluates(name):
         assert isinstance(results.holds(claim, results.means(about)), bool)
         assert results.verdict(claim, about).strip("*").split()[0] in {"yes", "no", "0", "1", "2", "3"}
         assert results.measured(claim, about)  # a claim without a value says nothing
-    for command in about["commands"]:  # they parse, with a seed and stand-ins for what a reader fills in
-        line = re.sub(r"\bS\b", "7", command).replace("--mode M ", "--mode nsr ").replace("CHECKPOINT", "tiny")
-        words = shlex.split(line)
-        script = next(word for word in words if word in SCRIPTS)
-        SCRIPTS[script].parse_config(SCRIPTS[script].Config, words[words.index(script) + 1 :])
 
 
-BROKEN = {
-    "before": "comparison",
-    "a < __import__('os')": "allowed",
-    "after - nothing > 0": "allowed",
-    "x == 'y'": "allowed",
-}
+BROKEN = {"before": "comparison", "a < __import__('os')": "allowed", "after - nothing > 0": "allowed"}
+BROKEN |= {"x == 'y'": "allowed", "a < True": "allowed", "a in x": "comparison", "a <": "comparison"}
 
 
 @pytest.mark.parametrize("claim", BROKEN)
@@ -166,16 +226,58 @@ def test_a_claim_that_is_none_is_refused(claim):
 def test_results_that_cannot_be_read(tmp_path, monkeypatch, capsys):
     good = (ROOT / "docs" / "results" / "grpo.json").read_text(encoding="utf-8")
     monkeypatch.setattr(results, "FOLDER", tmp_path)
-    for text in (
-        good.replace("[0, 1, 2]", "[0, 1]"),
-        good.replace('"script"', '"scripts"'),
-        "{",
-        good.replace("0.30", "x"),
-    ):
+    bad = good.replace("[0, 1, 2]", "[0, 1]"), good.replace('"script"', '"scripts"'), "{", good.replace("0.30", "x")
+    for text in bad:
         (tmp_path / "grpo.json").write_text(text, encoding="utf-8")
         assert results.main(["--check"]) == 2
         assert capsys.readouterr().err.startswith("results.py: error: ")
 
 
+def test_a_claim_is_held_per_seed_and_on_the_mean():
+    about = {"seeds": [0, 1, 2], "claims": ["a > b"], "values": {"a": [1, 2, 9], "b": [2, 1, 3]}}
+    assert results.verdict("a > b", about) == "**2 of 3; mean: yes**" and results.measured("a > b", about) == (
+        "1, 2, 9 against 2, 1, 3"
+    )
+    assert results.verdict("a - b > 5", about) == "**1 of 3; mean: no**" and results.verdict("a > 0", about)[0] == "3"
+
+
 def test_ppo_is_compared_with_the_grpo_that_is_stored():
     assert EXPERIMENTS["ppo"]["values"]["grpo"] == EXPERIMENTS["grpo"]["values"]["after"]
+
+
+def figures(script: str) -> list[float]:
+    """Every number that the results of a script hold: values, their means, the sides of the claims."""
+    found: list[float] = []
+    for name, about in EXPERIMENTS.items():
+        if about["script"] == script or name.startswith(script.removesuffix(".py")):
+            seeds = [results.of_seed(about, i) for i in range(len(about["seeds"]))] + [results.means(about)]
+            found += [number for seed in seeds for number in seed.values()]
+            parts = [side for claim in about["claims"] for side in results.sides(claim)]
+            found += [results.value_of(side, seed) for side in parts for seed in seeds]
+    return found
+
+
+def unknown(text: str, known: list[float]) -> list[str]:
+    """Numbers with two decimals or more, or with one behind tens, that no result rounds to."""
+    written = re.findall(r"(?<![\d.\-/:])(\d\.\d{2,4}|\d\d+\.\d)(?![\d.]|e-)", re.sub(r"`[^`]*`|\]\([^)]*\)", "", text))
+    return [x for x in written if not any(abs(float(x) - abs(y)) <= 0.501 * 10 ** -len(x.split(".")[1]) for y in known)]
+
+
+COVERED = ["grpo.py", "ppo.py", "nsr.py", "coconut.py", "recurrent_depth.py"]
+
+
+@pytest.mark.parametrize("script", COVERED)
+def test_figures_of_the_prose_are_those_of_the_files(script):
+    """README's section of the script, its rows of the map, and *Expect* of its docstring repeat stored results only."""
+    known, (section,) = figures(script), re.findall(rf"^### {re.escape(script)}.*?(?=^##)", README, re.M | re.S)
+    rows = [line for line in README.splitlines() if line.startswith("| ") and line.split("|")[2].strip() == script]
+    expect = re.search(r"^Expect\n(.*?)\n\n", DOCSTRINGS[script], re.M | re.S)[1]
+    for text in (section, expect, *(row.split("|")[6] if row.count("|") > 6 else "" for row in rows)):
+        assert unknown(text, known) == [], f"{script}: not in docs/results"
+
+
+def test_the_reader_of_figures_reads():
+    assert unknown("0.343 -> 0.72, 18.6 tokens, 2506.01347, 5e-4, arXiv:2503.2, `0.999`, 0.1", [0.343125, 0.715]) == [
+        "18.6"
+    ]
+    assert unknown("0.345 and 0.71", [0.343125, 0.715]) == ["0.345"]
