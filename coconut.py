@@ -188,7 +188,8 @@ def thinking(forward: Callable) -> Callable:
     """Model.forward for ids with places for thoughts: each is filled with the hidden state before it (eq. 1).
 
     The places of a row stand side by side behind <bot>; rows may have different numbers of them, at different
-    positions, or none. n of them, the most of any row, take n + 1 passes. Source: arXiv:2412.06769 sec. 3.
+    positions, or none. n of them, the most of any row, take n + 1 passes. Put in place at the end of this file, so that
+    training, sampling and evaluation all think. Source: arXiv:2412.06769 sec. 3.
     """
 
     def think(self: "Model", inputs: Tensor, positions=None, cache=None, mask=None) -> Tensor:
@@ -203,7 +204,7 @@ def thinking(forward: Callable) -> Callable:
         cache = GradCache(self, B, T) if cache is None else cache
 
         states = [forward(self, inputs[:, :P], None, cache)]  # pass 1: up to <bot>, (B, P, C)
-        cache.lengths.copy_(first)
+        cache.lengths.copy_(first)  # a row whose <bot> stands earlier forgets what was read behind it
         thoughts = [states[0][torch.arange(B, device=inputs.device), first - 1]]  # (B, C): the state at <bot>
         for i in range(1, n):  # passes 2 to n: one position each, its state is the next thought
             states.append(forward(self, thoughts[-1][:, None], None, cache))  # (B, 1, C)

@@ -25,7 +25,7 @@ Run
 
 Expect
     Seed 0, two cores of an Intel Xeon, 8 minutes: held-out accuracy 0.343 -> 0.715, mean length 97 -> 217 tokens, share
-    that gives up 0.58 -> 0.03 (most of it in the first ten steps). README.md has the other seeds.
+    that gives up 0.58 -> 0.03 (most of it in the first ten steps). docs/results.md has the other seeds.
 
 Differs from the papers in: no KL term and one update per rollout by default (as DAPO and TinyZero's GRPO do).
 
@@ -218,6 +218,7 @@ def check_flags(cfg: Config) -> None:
     if cfg.ref_every and not cfg.kl_coef:
         raise BadInput(f"--ref_every {cfg.ref_every} needs --kl_coef: without it there is no reference")
     try:
+        # the value of each stage, asked for by itself and long after its start
         values = [limit_at(10**9, stage, 0) for stage in cfg.length_schedule.split(",") if stage]
     except ValueError:
         values = [0]
@@ -302,7 +303,7 @@ def train(cfg: Config) -> int:
     """Algorithm: repeat { sample G answers to each question, reward them, advantages (1), descend (4) }."""
     check_flags(cfg)
     run = Run(cfg)
-    model, sampler = run.load(cfg.model)
+    model, sampler = run.load(cfg.model)  # one and the same, or on a GPU a bfloat16 copy to sample from
     chosen = run.choose(model, BY_SIZE)
     if "batch_size" in chosen:  # fit it to the groups
         unit = cfg.group_size * cfg.updates
@@ -327,7 +328,7 @@ def train(cfg: Config) -> int:
         sampled = time.time()
         rewards = torch.tensor([c.reward for c in batch], dtype=torch.float64)  # (B,)
         advantages = group_advantages(rewards, cfg.group_size, cfg.advantage).tolist() if batch else []
-        left = (1 + cfg.steps - step) / cfg.steps if cfg.decay else 1.0
+        left = (1 + cfg.steps - step) / cfg.steps if cfg.decay else 1.0  # linear decay
         lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps), left)
         metrics = describe_batch(every, cfg.group_size, prompter)
         metrics |= update_policy(run, model, reference, optimizer, batch, advantages, lr, limit)

@@ -184,7 +184,7 @@ def at_end(rewards: Tensor, mask: Tensor) -> Tensor:
     >>> at_end(torch.tensor([5.0, 7.0]), torch.tensor([[True, True, False], [True, False, False]])).tolist()
     [[0.0, 5.0, 0.0], [7.0, 0.0, 0.0]]
     """
-    last = mask.sum(1, keepdim=True) - mask.cumsum(1) == 0
+    last = mask.sum(1, keepdim=True) - mask.cumsum(1) == 0  # from the last token on
     return (rewards[:, None] * mask).masked_fill(~last, 0.0)
 
 
@@ -419,7 +419,7 @@ def train(cfg: Config) -> int:
     """Algorithm: repeat { sample answers, reward them (1), estimate advantages (2), descend (4) }."""
     check_flags(cfg)
     run = Run(cfg)
-    model, sampler = run.load(cfg.model)
+    model, sampler = run.load(cfg.model)  # one and the same, or on a GPU a bfloat16 copy to sample from
     chosen = run.choose(model, BY_SIZE)
     if "batch_size" in chosen:  # fit it to the groups
         unit = math.lcm(cfg.group_size, cfg.mini_batches)
@@ -445,9 +445,9 @@ def train(cfg: Config) -> int:
         done, repeated, drawn = sample_batch(run, sampler, prompter, step, drawn)
         sampled = time.time()
         experience, metrics = make_experience(run, model, critic, reference, done, repeated)
-        left = (1 + cfg.steps - step) / cfg.steps if cfg.decay else 1.0
+        left = (1 + cfg.steps - step) / cfg.steps if cfg.decay else 1.0  # linear decay
         scales = [min(1.0, max(0, n) / max(1, cfg.warmup_steps), left) for n in (step - cfg.critic_warmup, step)]
-        rates = {"lr": cfg.lr * scales[0], "critic_lr": cfg.critic_lr * scales[1]}
+        rates = {"lr": cfg.lr * scales[0], "critic_lr": cfg.critic_lr * scales[1]}  # the critic warms up first
         metrics |= describe_batch(done, cfg.group_size, prompter) | rates
         metrics |= update_policy(run, model, critic, optimizers, done, experience, step, **rates)
         run.refresh(sampler, model)

@@ -545,7 +545,7 @@ def train(cfg: Config) -> int:
                 loss, seen = depth_loss(model, *prompter.rows(mine, run.device), states, n, k, num_labels)
                 loss.backward()
                 for name, value in (seen | {"recurrences": n + k}).items():
-                    share = 1 if name in ("loss", "accuracy") else len(mine) / cfg.batch_size
+                    share = 1 if name in ("loss", "accuracy") else len(mine) / cfg.batch_size  # sums; means
                     totals[name] += float(value) * share
         lr = cfg.lr * schedule(step, cfg.steps, cfg.warmup_steps, cfg.decay)
         norm = run.update(model, optimizer, lr)
