@@ -1,17 +1,19 @@
-"""Turn one or several run folders into one HTML page that needs nothing but itself.
+"""Turn one or several run folders into one HTML page that needs nothing but itself, a picture, or a look at one group.
 
     python docs/report.py out/grpo-countdown-0                      writes out/grpo-countdown-0/report.html
     python docs/report.py out/grpo-* out/nsr-* --out compare.html   runs overlaid, differing settings first
+    python docs/report.py out/grpo-* --out grpo.svg --show reward,completion_length     a picture of these metrics
     python docs/report.py out/grpo-countdown-0 --explain 16         one group of step 16, token by token, as text
-    python docs/report.py out/grpo-* --out grpo.svg --show reward,completion_length      a picture of these metrics
 
 The page shows each evaluation metric before and after; pass@k of the base and of each run where k takes several
 values, as a table and over log2 k, several runs by script and mode; accuracy over thinking tokens, the cap side and the
-extend side apart, where a run has them; one small panel per logged metric; the settings;
-sampled completions token by token, from the first, the middle and the last logged step. No script, no network, light
-and dark, under 1 MB: long curves are thinned (each bucket keeps its lowest and highest point), long completions lose
-their middle, and the page says what is left out. Of each folder, run.json, metrics.jsonl and samples.jsonl are read
-and never written.
+extend side apart, where a run has them; one small panel per logged metric; the settings; problems that were logged more
+than once, by a run or by several, side by side; sampled completions token by token, from the first, the middle and the
+last logged step. No script, no network, light and dark, under 1 MB: long curves are thinned (each bucket keeps its
+lowest and highest point), long completions lose their middle, and the page says what is left out.
+
+--explain prints a group's rewards, advantages and shares of the loss and one answer's tokens (grpo, ppo, nsr), what was
+appended (budget_forcing), which steps were kept (specreason). Files of a run are read and never written.
 """
 
 import argparse
@@ -627,8 +629,7 @@ def picture(runs: list[Run], names: list[str]) -> str:
     for i, of_arm in enumerate(arms.values()):
         for run in of_arm:
             run.css = f"c{i % 8} d{i // 8 % 3}"
-    names_of = [(arm if len(of) > 1 else of[0].name, of) for arm, of in arms.items()]
-    panels, legend = [], [(name + f", {len(of)} runs" * (len(of) > 1), of[0].css) for name, of in names_of]
+    panels, legend = [], [(f"{arm}, {len(of)} runs" if of[1:] else of[0].name, of[0].css) for arm, of in arms.items()]
     for name in names:
         if name == "thinking":
             found = {f"accuracy, {title}": thinking_lines(runs, sides) for title, sides in APART.items()}

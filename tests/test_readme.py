@@ -56,7 +56,7 @@ STAND_INS |= {r"--loss_on \$part": "--loss_on answer", r"--mode \$m": "--mode ps
 def commands(text: str) -> list[list[str]]:
     """The words of every command line of Python and torchrun in indented lines and in `code`, without comments."""
     named = dict(re.findall(r"(\w+)=((?:countdown|generalpoints|knights|s3)\S*?)(?:;|\n)", text))
-    text = re.sub(r"--task \$(\w+)", lambda m: f"--task {named[m[1]]}", re.sub(r"\\\n\s*", "", text))
+    text = re.sub(r"\$(\w+)", lambda m: named.get(m[1], m[0]), re.sub(r"\\\n\s*", "", text))
     lines = re.findall(r"^ {2,}(\S.*)$", text, re.MULTILINE)
     lines += [re.sub(r"\s+", " ", code) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
     found = []
@@ -143,6 +143,11 @@ def test_functions_of_the_map_exist():
             found = [m for m in (*SCRIPTS.values(), rewards) if hasattr(m, name.split(".")[0])]
             found = [m for m in found if all(hasattr(getattr(m, name.split(".")[0]), n) for n in name.split(".")[1:])]
             assert found, f"{name} of {row}"
+
+
+def test_the_line_that_the_fork_changes_is_there():
+    (line,) = re.findall(r"^    -( +\S.*)$", README, re.MULTILINE)
+    assert (ROOT / "grpo.py").read_text(encoding="utf-8").count(line + "\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------------- metrics
@@ -268,12 +273,19 @@ COVERED = ["grpo.py", "ppo.py", "nsr.py", "coconut.py", "recurrent_depth.py"]
 
 @pytest.mark.parametrize("script", COVERED)
 def test_figures_of_the_prose_are_those_of_the_files(script):
-    """README's section of the script, its rows of the map, and *Expect* of its docstring repeat stored results only."""
+    """README's section of the script and *Expect* of its docstring repeat stored results only."""
     known, (section,) = figures(script), re.findall(rf"^### {re.escape(script)}.*?(?=^##)", README, re.M | re.S)
-    rows = [line for line in README.splitlines() if line.startswith("| ") and line.split("|")[2].strip() == script]
     expect = re.search(r"^Expect\n(.*?)\n\n", DOCSTRINGS[script], re.M | re.S)[1]
-    for text in (section, expect, *(row.split("|")[6] if row.count("|") > 6 else "" for row in rows)):
-        assert unknown(text, known) == [], f"{script}: not in docs/results"
+    assert unknown(section, known) == [] and unknown(expect, known) == [], "not in docs/results"
+
+
+def test_figures_of_the_map_are_those_of_the_files():
+    rows = [line.split("|") for line in README.splitlines() if line.startswith("| ") and line.count("|") == 7]
+    rows = [cells for cells in rows if ".py" in cells[2] and "`" in cells[3]]
+    assert sum(bool(re.search(r"\d\.\d", cells[6])) for cells in rows) >= 7
+    for cells in rows:
+        known = [number for script in re.findall(r"\w+\.py", cells[2]) for number in figures(script)]
+        assert unknown(cells[6], known) == [], cells[6]
 
 
 def test_the_reader_of_figures_reads():
