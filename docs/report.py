@@ -864,7 +864,7 @@ def explain_steps(folder: Path, flags: dict, row: dict) -> list[str]:
             head += ": by the base, unasked (--first_n)"
         elif known:
             points, right = marks[i - first]
-            head += f": the draft's step got {points:g} points and was "
+            head += f": the draft's step got {points:.3g} points and was "
             head += "kept" if points >= threshold else "refused; the base wrote this one"
             head += f" (a solver says: the draft's was {'right' if right else 'wrong'})"
         lines += ["", *prose("", head, 0), *token_lines(step, {}, t)]

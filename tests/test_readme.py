@@ -56,6 +56,7 @@ STAND_INS |= {r"--loss_on \$part": "--loss_on answer", r"--mode \$m": "--mode ps
 def commands(text: str) -> list[list[str]]:
     """The words of every command line of Python and torchrun in indented lines and in `code`, without comments."""
     named = dict(re.findall(r"(\w+)=((?:countdown|generalpoints|knights|s3)\S*?)(?:;|\n)", text))
+    named |= dict(re.findall(r'(\w+)="(--[^"]*)"', text))
     text = re.sub(r"\$(\w+)", lambda m: named.get(m[1], m[0]), re.sub(r"\\\n\s*", "", text))
     lines = re.findall(r"^ {2,}(\S.*)$", text, re.MULTILINE)
     lines += [re.sub(r"\s+", " ", code) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
