@@ -114,7 +114,7 @@ def verdict(claim: str, about: dict) -> str:
 
 
 def minutes(about: dict) -> str:
-    return "" if about.get("minutes") is None else f"{about['minutes']:g}"
+    return "not noted" if about.get("minutes") is None else f"{about['minutes']:g}"
 
 
 def table(experiments: dict[str, dict]) -> str:
@@ -124,7 +124,7 @@ def table(experiments: dict[str, dict]) -> str:
     for name, about in experiments.items():
         link, seeds = f"[{name}](docs/results.md#{name})", "S = " + ", ".join(map(str, about["seeds"]))
         commands = "<br>".join([f"`{command}`" for command in about["commands"]] + [seeds])
-        machine = ", ".join(filter(None, (minutes(about), about["machine"])))
+        machine = f"{minutes(about)}, {about['machine']}"
         for claim in about["claims"]:
             cells = link, f"`{claim}`", measured(claim, about), verdict(claim, about), commands, machine
             lines.append(f"| {' | '.join(cells)} |")
@@ -137,10 +137,9 @@ def page(experiments: dict[str, dict]) -> str:
     found = "# Results\n\nWritten by `python docs/results.py` from the files in docs/results/: do not edit.\n"
     for name, about in experiments.items():
         versions = ", ".join(f"{key} {value}" for key, value in about["versions"].items())
-        spent = f"{minutes(about)} minutes a seed, " * bool(minutes(about))
         found += f"\n## {name}\n\n" + "".join(f"    {command}\n" for command in about["commands"])
-        found += f"\n{about['script']}, {spent}{about['machine']}; {versions}; commit {about['commit']}. "
-        found += f"{about.get('note', '')}".strip() + "\n"
+        found += f"\n{about['script']}; minutes a seed: {minutes(about)}, {about['machine']}; {versions}; "
+        found += f"commit {about['commit']}. {about.get('note', '')}".strip() + "\n"
         if about["claims"]:
             found += "\n| claim | measured | held |\n|---|---|---|\n"
             for claim in about["claims"]:
