@@ -58,6 +58,8 @@ def test_experiments_parse(line):
     """The shell's variables stand for numbers, tasks and rules; the tasks exist."""
     named = dict(re.findall(r"(\w+)=((?:countdown|generalpoints|knights)\S*?)(?:;|\n)", DATA))
     line = re.sub(r"\$\(last [^)]*\)", "tiny", line)
+    for name, flags in re.findall(r'(\w+)="(--[^"]*)"', DATA):
+        line = line.replace(f"${name} ", f"{flags} ")
     line = re.sub(r"--perturb \$rule", "--perturb shuffle:0.67", line)
     line = re.sub(r"--select \$rule", "--select random", line)
     line = re.sub(r"--loss_on \$part", "--loss_on answer", line)
