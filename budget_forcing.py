@@ -483,11 +483,12 @@ def saved_records(run: "Run", plan: list[list]) -> list[list[dict]]:
     for setting in plan:
         path = run.folder / f"step-{len(found) + 1:06d}" / "records.json"
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            saved = read_json(path)
+            of, records = saved["of"], saved["records"]
+        except (ValueError, KeyError):
             break
-        need(saved["of"] == setting, f"--resume {run.folder}: {path} is of {saved['of']}, not of {setting}")
-        found.append(saved["records"])
+        need(of == setting, f"--resume {run.folder}: {path} is of {of}, not of {setting}")
+        found.append(records)
     if run.rank == 0:
         for stale in checkpoints(run.folder)[len(found) :]:
             shutil.rmtree(stale)
@@ -1589,9 +1590,11 @@ def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
         full = " (is the disk full? The last checkpoint is whole)" if getattr(error, "errno", None) else ""
         return fail(f"{error}{full}", 1)
     except (RuntimeError, MemoryError) as error:
+        what = first_line(error)
+        if any(words in what for words in ("closed by peer", "reset by peer", "imed out", "timeout")):
+            return fail(f"another rank ended or hangs ({what}); --resume goes on from the last checkpoint", 1)
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise
-        what = first_line(error)
         return fail(f"out of memory ({what}); try half of --micro_batch_tokens; --check prints a plan", 1)
     finally:
         if dist.is_initialized():

@@ -1511,9 +1511,11 @@ def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
         full = " (is the disk full? The last checkpoint is whole)" if getattr(error, "errno", None) else ""
         return fail(f"{error}{full}", 1)
     except (RuntimeError, MemoryError) as error:
+        what = first_line(error)
+        if any(words in what for words in ("closed by peer", "reset by peer", "imed out", "timeout")):
+            return fail(f"another rank ended or hangs ({what}); --resume goes on from the last checkpoint", 1)
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise
-        what = first_line(error)
         return fail(f"out of memory ({what}); try half of --micro_batch_tokens; --check prints a plan", 1)
     finally:
         if dist.is_initialized():

@@ -6,8 +6,11 @@ library or the system, {given} for the folder of bad things that `make_given` wr
 
 # ruff: noqa: E501  (a row of a table is one line)
 
+import ast
 import importlib
 import json
+import os
+import pickle
 import re
 import shutil
 import sys
@@ -18,7 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EVERY, FAULTS, ROOT, fault, finish, loop_of, start
+from conftest import EVERY, FAULTS, ROOT, fault, finish, loop_of, says, start
 from safetensors.torch import load_file, save_file
 
 from rewards import TASKS
@@ -609,6 +612,109 @@ def test_bad_input_as_processes(cwd, given, small):
     rows = [("grpo", "--model {given}/lfs"), ("ppo", "--gamma 1.1"), ("nsr", "--mode both"), ("coconut", "--c 0")]
     rows += [("recurrent_depth", "--decay 2"), ("specreason", "--gamma 0"), ("sft", "--model {given}/extra-tensor")]
     as_processes([*rows, ("grpo", "--resume {given}/tpu-run"), ("grpo", "--lr nan")], cwd, given, small)
+
+
+# --------------------------------------------------------------------------------------------------- security
+
+
+def keywords(call: ast.Call) -> dict:
+    return {k.arg: getattr(k.value, "value", None) for k in call.keywords}
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), ROOT / "docs" / "report.py"], ids=lambda path: path.name)
+def test_no_source_runs_what_it_reads(path):
+    """No eval or exec, no pickle but torch.load(weights_only=True), no shell, no code of a model folder."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = [(ast.unparse(node.func), keywords(node)) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    for name, given in calls:
+        last = name.rpartition(".")[2]
+        assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), name
+        assert not name.startswith(("pickle.", "marshal.", "shelve.", "yaml.")), name
+        assert not given.get("shell") and not given.get("trust_remote_code")
+        assert name != "torch.load" or given.get("weights_only") is True
+        assert last != "from_pretrained" or given.get("trust_remote_code") is False, name
+        assert last not in ("sympify", "parse_expr", "unsafe_load"), name
+
+
+class Pickled:
+    """What makes a folder as soon as it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+PICKLES = {"pickle": lambda value, path: path.write_bytes(pickle.dumps(value)), "torch.save": torch.save}
+
+
+@fault("code in a checkpoint's pickle", "not run: `cannot be read`, `taking the one before`", 0)
+@pytest.mark.parametrize("form", PICKLES)
+def test_pickled_code_in_a_checkpoint(run, cwd, form, happens):
+    assert run("grpo", "--out a --steps 2 --save_every 1 --eval_problems 0").code == 0
+    PICKLES[form](
+        {"step": 2, "world": 1, "optimizer": Pickled(cwd / "written")}, cwd / "a" / "step-000002" / "trainer.pt"
+    )
+    done = run("grpo", "--resume a", model=None, base=False)
+    assert done.code == 0 and not (cwd / "written").exists()
+    says(happens, done.out)
+
+
+@fault("code in a model folder (tokenizer.py, auto_map)", "not run; --chat, which would need it, is refused", 0)
+def test_code_in_a_model_folder(run, cwd, given, code):
+    done = run("grpo", "--out a --steps 1 --eval_problems 0", model=given / "code")
+    assert done.code == code and not (given / "written-by-the-model").exists(), done.err
+
+
+def controls(text: str) -> set[str]:
+    return {c for c in text if not c.isprintable() and c not in "\n"}
+
+
+@fault("control characters in problems, samples, names and errors", "written out on the terminal", "")
+def test_nothing_steers_the_terminal(run, cwd, given, monkeypatch, capfd):
+    evil = "\x1b[2J\x1b]0;x\x07\u202e\x9b31m\r\x00"
+    row = {"question": f"How many{evil}?", "answer": "#### 1"}
+    (cwd / "data.jsonl").write_text((json.dumps(row) + "\n" + json.dumps(row | {"question": evil + "2"}) + "\n") * 30)
+    monkeypatch.setattr(
+        importlib.import_module("rewards"), "split_of", lambda key: "test" if key.endswith("2") else "train"
+    )
+    flags = "--task gsm8k --data data.jsonl --out a --steps 1 --eval_problems 1"
+    done = run("grpo", flags, model=given / "plain")
+    assert done.code == 0 and not controls(done.out + done.err) and "\\x1b[2J" in done.out
+    kept = (cwd / "a" / "samples.jsonl").read_text(encoding="utf-8")
+    assert evil in json.loads(kept.splitlines()[0])["prompt"]  # as it was, in the file
+    done = run("grpo", f"--model \x1b[2J/{evil}".replace("\r", ""))
+    assert done.code == 2 and not controls(done.err)
+
+
+@fault("HTML in problems, samples, settings and names", "shown as text by docs/report.py", "")
+def test_report_escapes(run, cwd, monkeypatch):
+    evil = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'\x1b[2J\u202e</pre></style>"
+    assert run("grpo", "--out a").code == 0
+    for name in ("samples.jsonl", "metrics.jsonl"):
+        lines = [json.loads(line) for line in (cwd / "a" / name).read_text(encoding="utf-8").splitlines()]
+        for line in lines:
+            line[evil] = line.get("loss", 0.5)
+            if "pieces" in line:
+                line |= {
+                    "prompt": evil,
+                    "problem": {evil: evil},
+                    "rewards": line["rewards"] | {"answer": evil, evil: 1.0},
+                }
+                line["pieces"] = [evil] * len(line["pieces"])
+        (cwd / "a" / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    edit_json(
+        cwd / "a" / "run.json", command=evil, script=evil, device=evil, chosen={evil: evil}, versions={evil: evil}
+    )
+    settings = json.loads((cwd / "a" / "run.json").read_text())["config"] | {"model": evil, "task": evil, evil: evil}
+    edit_json(cwd / "a" / "run.json", config=settings)
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    importlib.import_module("report").main(["a"])
+    page = (cwd / "a" / "report.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;alert" in page and not controls(page)
+    for tag in ("<script>alert", "<img src", "</pre></style>"):
+        assert tag not in page, page[page.index(tag) - 200 : page.index(tag)]
 
 
 # ------------------------------------------------------------------------------------------- docs/faults.md
