@@ -1460,7 +1460,8 @@ class Run:
             self.say(f"note: gradient not finite; update skipped on all ranks ({count})")
         optimizer.zero_grad(set_to_none=True)
         if self.skipped == 5:
-            raise FloatingPointError("five gradients in a row were not finite: lower --lr, look at samples.jsonl")
+            stop = FloatingPointError("five gradients in a row were not finite: lower --lr, look at samples.jsonl")
+            raise stop if self.rank == 0 else SystemExit(1)  # all ranks stop, one says why
         return norm
 
     def after_step(self, step: int, model: Model, optimizer: torch.optim.Optimizer, **extra) -> bool:
@@ -1611,9 +1612,8 @@ def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
     """Run a script; the exit code: 0 done, 1 runtime fault, 2 bad usage or input, 130 Ctrl-C, 143 SIGTERM."""
 
     def fail(message: str, code: int) -> int:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or code == 1:  # what the user gave is wrong on all ranks, a fault may be one rank's own
-            where = f"rank {rank}: " * (rank != "0")
+        where = "" if os.environ.get("RANK", "0") == "0" else f"rank {os.environ['RANK']}: "
+        if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0":  # a fault may be one rank's, bad input one machine's
             print(f"{Path(__file__).name}: error: {where}{escaped(message)}", file=sys.stderr)
         return code
 
@@ -1626,8 +1626,8 @@ def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
     except BadInput as error:
         return fail(str(error), 2)
     except (FloatingPointError, OSError) as error:
-        full = " (is the disk full? The last checkpoint is whole)" if getattr(error, "errno", None) else ""
-        return fail(f"{error}{full}", 1)
+        whole = "; the last checkpoint is whole, --resume goes on from it" if getattr(error, "errno", None) else ""
+        return fail(f"{error}{whole}", 1)
     except (RuntimeError, MemoryError) as error:
         what = first_line(error)
         if any(words in what for words in ("closed by peer", "reset by peer", "imed out", "timeout")):

@@ -683,7 +683,7 @@ def test_nothing_steers_the_terminal(run, cwd, given, monkeypatch, capfd):
     done = run("grpo", flags, model=given / "plain")
     assert done.code == 0 and not controls(done.out + done.err) and "\\x1b[2J" in done.out
     kept = (cwd / "a" / "samples.jsonl").read_text(encoding="utf-8")
-    assert evil in json.loads(kept.splitlines()[0])["prompt"]  # as it was, in the file
+    assert evil in json.loads(kept.splitlines()[0])["problem"]["question"]  # as it was, in the file
     done = run("grpo", f"--model \x1b[2J/{evil}".replace("\r", ""))
     assert done.code == 2 and not controls(done.err)
 

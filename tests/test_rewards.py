@@ -149,7 +149,7 @@ def test_parse_expression_refuses(text):
 def exact_value(text: str) -> Fraction | None:
     """An expression as Python reads it, worked out exactly on its syntax tree; None if it is none of ours."""
     try:
-        node = ast.parse(text.strip(), mode="eval").body
+        node = ast.parse(re.sub("[ \t\r\n]", " ", text).strip(" "), mode="eval").body
         numerals = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
         if not all(type(n) is int and n < 10**12 for n in numerals) or re.search(r"[^-+*/()0-9 \n\r\t]|\b0[0-9]", text):
             return None
@@ -454,7 +454,7 @@ def seconds_of(judge, text: str, bound: float) -> float:
     return best
 
 
-@fault("a hostile answer", "wrong, in 10 ms (a million characters: 0.3 s; symbolic: 2 s), with less than 50 MB", "")
+@fault("a hostile answer", "wrong, in 10 ms (a million characters: 0.5 s; symbolic: 2 s), with less than 50 MB", "")
 def test_hostile_answers_are_wrong_and_cheap(monkeypatch):
     """Every answer, in four forms, to every verifier."""
     assert len(set(HOSTILE)) == len(HOSTILE) >= 150
@@ -463,7 +463,7 @@ def test_hostile_answers_are_wrong_and_cheap(monkeypatch):
     monkeypatch.setattr(rewards, "symbolic_equal", lambda *args: asked.append(1) or symbolic(*args))
     rewards.math_equal("x", "y")  # the import of sympy belongs to no answer
     for answer in HOSTILE:
-        bound = 0.01 if len(answer) <= 2000 else 0.3  # linear time
+        bound = 0.01 if len(answer) <= 2000 else 0.5  # linear time
         forget_peak()
         before = peak()
         for form in (" </think>\n<answer>{}</answer>", "</think> \\boxed{{{}}}", "#### {}", "{}"):

@@ -854,6 +854,9 @@ def test_gradient_that_is_not_finite(bad, capsys):
         update(bad)
     with pytest.raises(FloatingPointError, match="lr"):
         update(bad)
+    surroundings.rank, surroundings.skipped = 1, 4
+    with pytest.raises(SystemExit, match="1"):  # of all ranks that stop one says why
+        update(bad)
 
 
 @both
