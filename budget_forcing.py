@@ -483,18 +483,17 @@ def saved_records(run: "Run", plan: list[list]) -> list[list[dict]]:
     for setting in plan:
         path = run.folder / f"step-{len(found) + 1:06d}" / "records.json"
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            saved = read_json(path)
+            of, records = saved["of"], saved["records"]
+        except (ValueError, KeyError):
             break
-        need(saved["of"] == setting, f"--resume {run.folder}: {path} is of {saved['of']}, not of {setting}")
-        found.append(saved["records"])
+        need(of == setting, f"--resume {run.folder}: {path} is of {of}, not of {setting}")
+        found.append(records)
     if run.rank == 0:
         for stale in checkpoints(run.folder)[len(found) :]:
             shutil.rmtree(stale)
-        for log in (log for log in (run.metrics, run.samples) if log.exists()):
-            lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # whole ones
-            kept = [line for line in lines if json.loads(line)["step"] <= len(found)]
-            write_atomically(log, "".join(line + "\n" for line in kept))
+        for log in (run.metrics, run.samples):
+            cut_log(log, len(found))
     return found
 
 
@@ -781,17 +780,23 @@ class Model(nn.Module):
 def check_config(c: dict, folder: Path) -> None:
     """Refuse, in one line, a config.json that this decoder cannot honour."""
     rope, kind, act = c.get("rope_parameters") or c.get("rope_scaling") or {}, c.get("model_type"), c.get("hidden_act")
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     rope_type, bias = rope.get("rope_type") or rope.get("type") or "default", c.get("attention_bias")
+    theta, eps = c.get("rope_theta") or rope.get("rope_theta"), c.get("rms_norm_eps", 1e-6)
     checks = {
-        f"model_type {kind} (supported: {', '.join(QKV_BIAS)})": kind in QKV_BIAS,
+        f"model_type {kind} (supported: {', '.join(QKV_BIAS)})": str(kind) in QKV_BIAS,
         f"hidden_act {act} (supported: silu)": act in ("silu", None),
         f"rope type {rope_type} (supported: default)": rope_type == "default",
-        "no rope_theta": c.get("rope_theta") or rope.get("rope_theta"),
+        f"rope_theta {theta}": isinstance(theta, (int, float)) and theta > 0,
+        f"rms_norm_eps {eps}": isinstance(eps, float),
         "attention_bias or mlp_bias": not c.get("mlp_bias") and (kind == "qwen2" or not bias),
         "use_sliding_window": not c.get("use_sliding_window"),
     }
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
-        checks[f"{name} {c.get(name)}"] = isinstance(c.get(name), int)
+    sizes = {"hidden_size": 10**5, "num_hidden_layers": 1000, "num_attention_heads": 1000, "intermediate_size": 10**6}
+    sizes |= {"vocab_size": 10**7, "num_key_value_heads": 1000, "head_dim": 1000}
+    for name, most in sizes.items():
+        value = c.get(name, 1 if name == "num_key_value_heads" else None) or (name == "head_dim") * 1
+        checks[f"{name} {value}"] = type(value) is int and 0 < value <= most
     for what, good in checks.items():
         need(good, f"{folder}/config.json: {what} is not supported")
 
@@ -828,20 +833,22 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Model:
 def read_special_ids(model: Model) -> None:
     """Fill eos_ids from config, generation config and tokenizer, and vocab_bias from what must not be drawn."""
     folder, size = model.folder, model.config["vocab_size"]
-    path = folder / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    banned = list(generation.get("suppress_tokens") or [])
+    generation = read_json(path) if (path := folder / "generation_config.json").is_file() else {}
+    banned = as_list(generation.get("suppress_tokens"))
     ends = [model.config.get("eos_token_id"), generation.get("eos_token_id")]
     if (folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(folder)
-        top = max(tokenizer.get_vocab().values())
+        top = max(tokenizer.get_vocab().values(), default=-1)
         need(top < size, f"{folder}: the tokenizer has ids up to {top}, the model only {size} embeddings")
-        banned += range(top + 1, size)  # a vocabulary padded to a round size
+        banned = [*banned, *range(top + 1, size)]  # a vocabulary padded to a round size
         end = read_json(folder / "tokenizer_config.json").get("eos_token") or ""
-        ends.append(tokenizer.token_to_id(end["content"] if isinstance(end, dict) else end))
+        end = end.get("content", "") if isinstance(end, dict) else end
+        ends.append(tokenizer.token_to_id(end) if isinstance(end, str) else f"eos_token {end}")
         model.is_tiny = tokenizer.token_to_id("<latent>") is not None
-    lists = [end if isinstance(end, list) else [end] for end in ends if end is not None]
-    model.eos_ids = sorted({i for ids in lists for i in ids})
+    ids = [i for end in ends for i in as_list(end)]
+    bad = [i for i in ids + banned if type(i) is not int or not 0 <= i < size]
+    need(not bad, f"{folder}: {bad[:1]} in its config files is no token, of which there are {size}")
+    model.eos_ids = sorted(set(ids))
     if banned:
         model.vocab_bias = torch.zeros(size, device=model.lm_head.weight.device)
         model.vocab_bias[banned] = -torch.inf
@@ -879,14 +886,18 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
+def as_list(value: object) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("not a JSON object")
+        need(isinstance(found, dict), "not a JSON object")
         return found
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read ({error}); a model folder has config.json, *.safetensors") from None
+    except (OSError, ValueError, RecursionError) as error:
+        has = "settings" if path.name == "run.json" else "config.json, *.safetensors, tokenizer.json"
+        raise BadInput(f"{path} cannot be read ({error}); such a folder has {has}") from None
 
 
 def resolve_model(name: str) -> Path:
@@ -911,8 +922,10 @@ def resolve_model(name: str) -> Path:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors, or of the shards that its index names."""
     index, tensors = folder / "model.safetensors.index.json", {}
-    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
-    for path in (folder / Path(name).name for name in sorted(names)):  # never outside the folder
+    names = read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
+    good = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    need(good, f"{index}: weight_map must name the file of each tensor; download it again")
+    for path in (folder / Path(name).name for name in sorted(set(names.values()))):  # never outside the folder
         need(path.is_file(), f"no {path.name} in {folder}; weights are read from safetensors files only")
         with path.open("rb") as file:
             lfs = file.read(23) == b"version https://git-lfs"
@@ -927,8 +940,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = Path(folder) / "tokenizer.json"
-    read_json(path)  # for its message: the library's own is a bare Exception
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library knows no other
+        raise BadInput(f"{path} cannot be read ({first_line(error)}); download or save it again") from None
 
 
 # <<< shared: files
@@ -1145,12 +1160,7 @@ class Prompter:
         self.task, self.tokenizer, self.end = task, load_tokenizer(model.folder), model.eos_ids[:1]
         self.style = "chat" if chat else "compact" if model.is_tiny else "text"
         self.stop = ("</answer>", "\nUser:") if self.style == "text" else ()
-        if self.style == "chat":
-            from transformers import AutoTokenizer  # slow to import, and only the chat template needs it
-
-            self.template = AutoTokenizer.from_pretrained(model.folder)
-            if not self.template.chat_template:
-                raise BadInput(f"--chat: {model.folder} has no chat template; leave --chat out")
+        self.folder, self.template = model.folder, None
 
     def text(self, problem: dict) -> str:
         asked = prompt(self.task, problem, self.style)
@@ -1158,7 +1168,15 @@ class Prompter:
 
     def fill(self, messages: list[dict], reply: bool) -> str:
         """The chat template's text of these messages; reply opens the assistant's turn."""
-        return self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+        from jinja2 import TemplateError  # slow to import, and only the chat template needs them
+        from transformers import AutoTokenizer
+
+        try:  # without a word here transformers would ask whether to run the Python code of a folder
+            self.template = self.template or AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            need(self.template.chat_template, "it has no chat template")
+            return self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+        except (TemplateError, OSError, TypeError, ValueError) as error:
+            raise BadInput(f"--chat: {self.folder}: {first_line(error)}; leave --chat out") from None
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -1243,8 +1261,8 @@ class Run:
         self.cfg, self.started, self.signal, self.skipped = cfg, time.time(), 0, 0
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        there = name == "cpu" or getattr(torch, name).is_available()
-        need(there, f"--device {name}: there is none here; leave the flag out")
+        here = name == "cpu" or getattr(torch, name).is_available()
+        need(here, f"--device {name}: there is none here; leave the flag out")
         self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
         if name == "cuda":
             torch.cuda.set_device(self.device)
@@ -1262,7 +1280,8 @@ class Run:
         if self.signal:  # the second one: leave at once
             os._exit(128 + number)
         self.signal = number
-        self.say("stopping after this step; once more leaves at once")
+        if self.rank == 0:  # no print: the signal may have come in the middle of one
+            os.write(1, b"stopping after this step; once more leaves at once\n")
 
     def gather(self, value) -> list:
         """The values of all ranks, in rank order, on every rank."""
@@ -1284,7 +1303,7 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            tqdm.write(text)
+            tqdm.write("\n".join(map(escaped, text.split("\n"))))
             sys.stdout.flush()
 
     def load(self, name: str) -> tuple[Model, Model]:
@@ -1294,9 +1313,8 @@ class Run:
         large = num_parameters(model) >= 1e9
         model.checkpointing = large if self.cfg.checkpointing == "auto" else self.cfg.checkpointing == "on"
         model.compute_dtype = self.dtype
-        if self.dtype == torch.float32:
-            return model, model
-        return model, copy.deepcopy(model).to(self.dtype).requires_grad_(False)
+        wide = self.dtype == torch.float32
+        return model, model if wide else copy.deepcopy(model).to(self.dtype).requires_grad_(False)
 
     def refresh(self, to: Model, model: Model) -> None:
         """Copy the trained weights into the sampling copy, in place, so that captured graphs stay valid."""
@@ -1354,7 +1372,7 @@ class Run:
         while not self.cfg.out and folder.exists():
             folder, number = Path(f"{default}-{number}"), number + 1
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=bool(self.cfg.out))
         except OSError as error:
             raise BadInput(f"--out {folder} cannot be made ({error.strerror}); name another folder") from None
         return folder
@@ -1381,16 +1399,15 @@ class Run:
                 line = {"step": step, "group": c.number, "problem": c.problem, "prompt": prompter.decode(c.prompt)}
                 line |= {"tokens": c.tokens, "pieces": [prompter.decode([i]) for i in c.tokens]}
                 line |= {"mask": [1] * len(c.tokens), "logprobs": [round(p, 4) for p in c.logprobs]}
-                line["rewards"] = c.score
-                file.write(json.dumps(line | {"advantage": round(advantage, 4), "truncated": not c.finished}) + "\n")
+                line |= {"rewards": c.score, "advantage": round(advantage, 4), "truncated": not c.finished}
+                file.write(json.dumps(line) + "\n")
 
     def update(self, model: Model, optimizer: torch.optim.Optimizer, lr: float, clip: float = 1.0) -> float:
         """Sum the gradients over the ranks, clip, step; their norm before clipping. Where that is not finite, it is
         so on all ranks: the step is skipped, and five in a row stop the run.
         """
         for weight in model.parameters():
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             if self.world > 1:
                 dist.all_reduce(weight.grad)
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), clip))
@@ -1404,7 +1421,8 @@ class Run:
             self.say(f"note: gradient not finite; update skipped on all ranks ({count})")
         optimizer.zero_grad(set_to_none=True)
         if self.skipped == 5:
-            raise FloatingPointError("five gradients in a row were not finite: lower --lr, look at samples.jsonl")
+            stop = FloatingPointError("five gradients in a row were not finite: lower --lr, look at samples.jsonl")
+            raise stop if self.rank == 0 else SystemExit(1)  # all ranks stop, one says why
         return norm
 
     def after_step(self, step: int, model: Model, optimizer: torch.optim.Optimizer, **extra) -> bool:
@@ -1443,19 +1461,16 @@ class Run:
             try:
                 saved = load_model(folder, self.device)
                 state = torch.load(folder / "trainer.pt", map_location=self.device, weights_only=True)
-            except (BadInput, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                self.refresh(model, saved)
+                optimizer.load_state_dict(state["optimizer"])
+                step, world = state["step"], state["world"]
+            except (ValueError, OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.PickleError) as error:
                 self.say(f"note: {folder} cannot be read ({first_line(error)}); taking the one before")
                 continue
-            self.refresh(model, saved)
-            optimizer.load_state_dict(state["optimizer"])
-            if state["world"] != self.world:
-                self.say(f"note: a run of {state['world']} rank(s) goes on with {self.world}")
+            if world != self.world:
+                self.say(f"note: a run of {world} rank(s) goes on with {self.world}")
             for log in (self.metrics, self.samples) if self.rank == 0 else ():
-                if not log.exists():
-                    continue
-                lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # whole ones
-                kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
-                write_atomically(log, "".join(line + "\n" for line in kept))
+                cut_log(log, step)
             self.say(f"resumed from {folder}")
             return state
         raise BadInput(f"--resume {self.cfg.resume}: no checkpoint there can be read; start again without --resume")
@@ -1464,9 +1479,8 @@ class Run:
         """Say how to go on; the exit code."""
         self.bar.close()
         name, script = signal.Signals(self.signal).name.replace("SIGINT", "Ctrl-C"), Path(__file__).name
-        saved = self.folder / f"step-{step:06d}"
-        again = f"python {script} --resume {self.folder}"
-        self.say(f"{script}: stopped by {name} after step {step}; saved {saved}. Continue: {again}")
+        saved = f"saved {self.folder}/step-{step:06d}. Continue: python {script} --resume {self.folder}"
+        self.say(f"{script}: stopped by {name} after step {step}; {saved}")
         return 128 + self.signal
 
     def finish(self, model: Model, prompter: Prompter) -> int:
@@ -1526,6 +1540,17 @@ def write_atomically(path: Path, text: str) -> None:
     path.with_name(path.name + ".tmp").replace(path)
 
 
+def cut_log(log: Path, step: int) -> None:
+    """Drop the lines of a log beyond a step, and a last one that is not whole."""
+    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
+    try:
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+    except (LookupError, RecursionError, TypeError, ValueError) as error:
+        raise BadInput(f"{log} has a line without a step ({first_line(error)}); take it out") from None
+    if len(kept) < len(lines):
+        write_atomically(log, "".join(kept))
+
+
 def logits_at_once(model: Model) -> int:
     """How many logits to hold in memory; on a CPU 32 MB of them, which the allocator gives to the next ones."""
     return 2**23 if model.lm_head.weight.device.type == "cpu" else 2**26
@@ -1536,7 +1561,8 @@ def memory_plan(model: Model, rows: int, capacity: int, micro_tokens: int, dtype
     c, weights, size, layers = model.config, num_parameters(model), dtype.itemsize, model.config["num_hidden_layers"]
     inside = 14 * c["hidden_size"] + 4 * c["intermediate_size"]  # what one layer stores per token for its backward
     kept = layers * c["hidden_size"] + inside if model.checkpointing else layers * inside
-    plan = {"weights, gradients, Adam": 16 * weights, "sampling copy": 0 if size == 4 else size * weights}
+    plan = {"weights, gradients, Adam": 16 * weights} if micro_tokens else {"weights": 4 * weights}
+    plan["sampling copy"] = 0 if size == 4 else size * weights
     plan["KV cache"] = 2 * layers * rows * c["num_key_value_heads"] * capacity * model.head_dim * size
     plan["activations"] = micro_tokens * kept * size
     plan["logits"] = 12 * min(logits_at_once(model), micro_tokens * c["vocab_size"])
@@ -1547,8 +1573,9 @@ def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
     """Run a script; the exit code: 0 done, 1 runtime fault, 2 bad usage or input, 130 Ctrl-C, 143 SIGTERM."""
 
     def fail(message: str, code: int) -> int:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+        where = "" if os.environ.get("RANK", "0") == "0" else f"rank {os.environ['RANK']}: "
+        if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0":  # a fault may be one rank's, bad input one machine's
+            print(f"{Path(__file__).name}: error: {where}{escaped(message)}", file=sys.stderr)
         return code
 
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fresh memory costs a tenth of the page faults
@@ -1560,11 +1587,14 @@ def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
     except BadInput as error:
         return fail(str(error), 2)
     except (FloatingPointError, OSError) as error:
-        return fail(str(error), 1)
+        whole = "; the last checkpoint is whole, --resume goes on from it" if getattr(error, "errno", None) else ""
+        return fail(f"{error}{whole}", 1)
     except (RuntimeError, MemoryError) as error:
+        what = first_line(error)
+        if any(words in what for words in ("closed by peer", "reset by peer", "imed out", "timeout")):
+            return fail(f"another rank ended or hangs ({what}); --resume goes on from the last checkpoint", 1)
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise
-        what = first_line(error)
         return fail(f"out of memory ({what}); try half of --micro_batch_tokens; --check prints a plan", 1)
     finally:
         if dist.is_initialized():
@@ -1587,11 +1617,8 @@ def parse_config(config: type, argv: list[str] | None = None):
 
     runs = [line.partition("#")[0].rstrip() for line in __doc__.splitlines() if line.startswith("    python ")]
     epilog = "\n".join(["examples:", *runs[:2], f"short model names: {', '.join(SHORT_NAMES)}"])
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        script, description=__doc__, epilog=epilog, allow_abbrev=False, formatter_class=layout
-    )
-    parser.error = complain
+    parser = argparse.ArgumentParser(script, description=__doc__, epilog=epilog, allow_abbrev=False)
+    parser.error, parser.formatter_class = complain, argparse.RawDescriptionHelpFormatter
     for name, f in flags.items():
         text = f"{f.metadata['help']} (default: {f.default if f.default != '' else 'none'})".replace("%", "%%")
         kind = {"type": type(f.default), "choices": get_args(f.type) or None}
@@ -1611,12 +1638,13 @@ def parse_config(config: type, argv: list[str] | None = None):
         need((folder / "run.json").is_file(), f"--resume {folder}: no run.json there; name the folder of a run")
         need(not given.out, f"--resume {folder} goes on in that folder; leave --out {given.out} out")
         run = read_json(folder / "run.json")
-        other = run.get("script", script)
+        other, saved = run.get("script", script), run.get("config")
         need(other == script, f"--resume {folder} is a run of {other}, not of {script}")
-        saved = {name: value for name, value in run.get("config", {}).items() if name in flags}
+        saved = {n: v for n, v in saved.items() if n in flags} if isinstance(saved, dict) else {}
         need(saved, f"--resume {folder}: run.json there holds no settings")
-        parser.set_defaults(**saved)
-        given = parser.parse_args(argv)
+        words = [f"--{'no-' * (v is False)}{n}" + f"={v}" * (type(v) is not bool) for n, v in saved.items()]
+        parser.error = lambda message: complain(f"{folder / 'run.json'}: {message}")  # the flags are good by now
+        given = parser.parse_args([*words, *argv])
         given.resume, given.out = str(folder), ""
         names = [n for n in ("model", "task", "seed", "group_size") if n in saved]
         differ = [f"--{n} {saved[n]} there, {getattr(given, n)} here" for n in names if getattr(given, n) != saved[n]]

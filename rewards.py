@@ -32,6 +32,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -259,10 +260,10 @@ def language_consistency(text: str, language: str = "en") -> float:
     """
     if language not in SCRIPTS:
         raise BadInput(f"language {language!r} is not known; choose one of {', '.join(SCRIPTS)}")
-    words = WORDS.findall(re.sub(r"```.*?```|\\[A-Za-z]+", " ", text, flags=re.DOTALL))
-    script = SCRIPTS[language].split()
-    matching = sum(unicodedata.name(word[0], "?").split()[0] in script for word in words)
-    return matching / len(words) if words else 1.0
+    text, script = re.sub(r"```.*?```|\\[A-Za-z]+", " ", text, flags=re.DOTALL), SCRIPTS[language].split()
+    first = Counter(word[0][0] for word in WORDS.finditer(text))  # one by one: a list of a million would be large
+    matching = sum(count for letter, count in first.items() if unicodedata.name(letter, "?").split()[0] in script)
+    return matching / first.total() if first else 1.0
 
 
 # "wait" is left out on purpose by both works: it is not a reliable sign of reflection.
@@ -842,8 +843,9 @@ class Navigation:
     NATURAL = {"min_legs": 2, "max_legs": 6}
 
     def __post_init__(self):
-        if not 1 <= self.min_legs <= self.max_legs <= 20 or self.max_steps < 1 or not 1 <= self.grain <= 180:
-            raise BadInput(f"{self}: 1 <= min_legs <= max_legs <= 20, max_steps >= 1, grain 1 to 180 are allowed")
+        good = 1 <= self.min_legs <= self.max_legs <= 20 and 1 <= self.max_steps <= 100 and 1 <= self.grain <= 180
+        if not good:
+            raise BadInput(f"{self}: 1 <= min_legs <= max_legs <= 20, max_steps 1 to 100, grain 1 to 180 are allowed")
         if self.space not in ("absolute", "relative") or not 0 <= self.basics <= 1:
             raise BadInput(f"{self}: space is absolute or relative, basics 0 to 1")
 
@@ -1337,15 +1339,50 @@ def make_task(spec: str, data: str = "", natural: bool = False) -> Task:
         knob, _, value = pair.partition("=")
         try:
             knobs[knob] = types[knob](value)
+            if isinstance(knobs[knob], float) and not math.isfinite(knobs[knob]):
+                raise ValueError(value)
         except (KeyError, ValueError):
             known = ", ".join(f"{knob}={kind.__name__}" for knob, kind in types.items())
             raise BadInput(f"task {name} does not understand {pair!r}; its knobs are {known}") from None
     pool = knobs.pop("pool", 0)
+    if pool < 0:
+        raise BadInput(f"task {name} with pool={pool}: a number of problems is needed, or 0 for all of them")
     task = TASKS[name](**knobs)
+    task.score = guarded(task.score)
     if pool > 0:
         draw = task.problem
         task.problem = lambda split, seed, index: draw(split, seed, index % pool if split == "train" else index)
     return task
+
+
+score_failures = 0  # answers that a verifier could not judge: wrong
+
+
+def guarded(judge: Callable[..., dict]) -> Callable[..., dict]:
+    """A verifier that ends no run: an answer on which it raises, or for which it gives no number, counts as wrong. The
+    first traceback is shown, and from then on the count, each time that it has doubled.
+    """
+
+    @functools.wraps(judge)
+    def judged(text: str, problem: dict, **options) -> dict:
+        global score_failures
+        try:
+            parts = judge(text, problem, **options)
+            if not math.isfinite(parts["total"] + parts["format"] + parts["correct"]):
+                raise ValueError(f"the verifier gave {parts}")
+            return parts | {"answer": parts["answer"]}
+        except (OSError, MemoryError):  # of the machine, not of an answer
+            raise
+        except Exception:  # whatever a verifier may raise that somebody adds here
+            score_failures += 1
+            if score_failures == 1:
+                shown = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in traceback.format_exc())
+                print("".join(shown), end="", file=sys.stderr)
+            if score_failures & (score_failures - 1) == 0:
+                print(f"note: the verifier failed on {score_failures} answer(s); they count as wrong", file=sys.stderr)
+            return {"format": 0.0, "answer": None, "correct": False, "total": 0.0}
+
+    return judged
 
 
 def heldout(task: Task, count: int, seed: int = 0) -> list[dict]:
@@ -1838,7 +1875,7 @@ def symbolic_equal(left: list[str], right: list[str], seconds: list[float]) -> b
         try:
             child.stdin.write(json.dumps([left, right, seconds[0]]).encode() + b"\n")
             if child.stdout.read(1) != b"r":  # not timed: the child imports sympy first
-                raise RuntimeError(f"the symbolic stage does not start; to see why: {' '.join(child.args)}")
+                raise OSError(f"the symbolic stage does not start; to see why: {' '.join(child.args)}")
             started = time.monotonic()
             verdict = child.stdout.read(1)
             seconds[0] -= time.monotonic() - started

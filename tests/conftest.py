@@ -1,6 +1,7 @@
 """What the tests of whole scripts share: a small random model, runs in this process and beside it, pretend ranks."""
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -33,6 +34,38 @@ SMALL = {
     # the last stage: all steps are thoughts
     "coconut": f"{SAME} --mode no_curriculum".replace(" --warmup_steps 10", ""),
 }
+EVERY = SMALL | {  # the scripts that have a model of their own or train nothing
+    "recurrent_depth": "--task s3:elements=10 --steps 2 --batch_size 8 --hidden_size 16 --num_heads 2 "
+    "--eval_problems 3 --warmup_steps 10 --test_r 4",
+    "budget_forcing": "--caps 4,8,12 --max_new_tokens 20 --eval_problems 3 --eval_samples 2 --waits 1,2 --tries 2",
+    "specreason": "--draft tiny-draft --eval_problems 2 --sweep_problems 1 --max_new_tokens 24 --max_step_tokens 12 "
+    "--thresholds 1,9",
+}
+
+
+FAULTS: list[dict] = []  # the rows of docs/faults.md that tests stand for
+
+
+def fault(what: str, happens: str, code: int | str = 0):
+    """Decorator of a test: the row of docs/faults.md that it proves. A test with the argument `code` or `happens` gets
+    these words, to compare with what it sees: what stands in `backquotes` was said.
+    """
+
+    def note(test):
+        place = f"{Path(test.__code__.co_filename).name}::{test.__name__}"
+        FAULTS.append({"what": what, "happens": happens, "code": code, "test": place})
+        given = {"code": code, "happens": happens}
+        for name in given.keys() & inspect.signature(test).parameters:
+            test = pytest.mark.parametrize(name, [given[name]], ids=[""])(test)
+        return test
+
+    return note
+
+
+def says(happens: str, text: str) -> None:
+    """Every part of `happens` in backquotes stands in the text, where ... is anything on one line."""
+    for part in re.findall("`([^`]+)`", happens):
+        assert re.search(".*".join(map(re.escape, part.split("..."))), text), f"{part!r} was not said:\n{text[-3000:]}"
 
 
 @pytest.fixture(autouse=True)
@@ -70,13 +103,19 @@ def run(cwd, small, capfd):
 
     def run(script: str, flags: str = "", model=small, base: bool = True) -> SimpleNamespace:
         module = importlib.import_module(script)
-        argv = [*SMALL[script].split() * base, *(["--model", str(model)] if model else []), *flags.split()]
+        model = None if script == "recurrent_depth" and model is small else model
+        argv = [*EVERY[script].split() * base, *(["--model", str(model)] if model else []), *flags.split()]
         capfd.readouterr()
-        code = module.main(module.train, module.Config, argv)
+        code = module.main(loop_of(module), module.Config, argv)
         out, err = capfd.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)
 
     return run
+
+
+def loop_of(module):
+    """`train`, or `solve` of a script that trains nothing."""
+    return getattr(module, "train", None) or module.solve
 
 
 def start(script: str, flags: str, folder: Path, launcher=(), **options) -> subprocess.Popen:

@@ -517,33 +517,6 @@ def test_ranks_give_the_gradient_of_one(run_ranks, cwd, monkeypatch, world):
     assert len(rows[0]) == 8 and rows[0] == pytest.approx(rows[1])
 
 
-BAD = {
-    "--model tiny": "tiny: model_type llama: this script has a model of its own and needs huginn_raven",
-    "--model Qwen2.5-1.5B": "no such folder: Qwen2.5-1.5B",
-    "--model elsewhere --core 2": "--core 2: for --model scratch only, not for elsewhere",
-    "--hidden_size 20 --num_heads 4": "--hidden_size 20 is no multiple of 8",
-    "--task countdown": "--task countdown: s3 or text is needed here",
-    "--task text": "--task text with --data none: text needs a file",
-    "--data text.txt": "with --data text.txt: text needs a file, another task takes none",
-    "--task text --data none.txt": "--data none.txt cannot be read",
-    "--task text --data text.txt --length 400": "a text of 840 tokens: 400 at a time need at least 4020",
-    "--tokenizer there": "text needs a file",
-    "--mean_r 0": "--mean_r 0: a number of at least 1",
-    "--decay 2": "--decay 2.0 is a share of the steps",
-    "--mean_recurrence 4": "unknown flag --mean_recurrence",
-    "--eval_problems 300 --task s3:elements=2": "distinct held-out problems",
-}
-
-
-@pytest.mark.parametrize("flags", BAD)
-def test_bad_input(script, text, cwd, flags):
-    sizes = "" if "--model" in flags or "--hidden_size" in flags else "--hidden_size 16 --num_heads 2"
-    done = script(f"--steps 1 {sizes} {flags}", base=False)
-    assert done.code == 2 and BAD[flags] in done.err, done.err
-    assert done.err.count("\n") == 1 and done.err.startswith("recurrent_depth.py: error: ")
-    assert [path.name for path in cwd.iterdir()] == ["text.txt"]
-
-
 DAMAGE = {
     "model_type": ("model_type", "qwen2", "model_type qwen2"),
     "no type": ("model_type", None, "model_type None"),

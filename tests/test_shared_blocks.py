@@ -26,8 +26,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # top-level names that may differ from script to script
 FREE = {"Config", "train", "solve", "BY_SIZE", "check_flags", "sample_batch", "update_policy"}
-MAX_LINES = 1675  # of a file, on screen
-MAX_SHARED = 880  # lines of code (no blank lines, comments, docstrings) in all blocks of a script
+MAX_LINES = 1705  # of a file, on screen
+MAX_SHARED = 900  # lines of code (no blank lines, comments, docstrings) in all blocks of a script
 # lines of code outside the blocks
 MAX_OWN = {"grpo.py": 255, "sft.py": 300, "nsr.py": 250, "ppo.py": 325, "coconut.py": 302}
 MAX_OWN |= {"recurrent_depth.py": 480, "specreason.py": 450}  # its own model; two papers, eleven ways

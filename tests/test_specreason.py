@@ -415,23 +415,6 @@ def test_resume_goes_on_with_the_same_answers(go, cwd):
     assert counts("whole") == counts("halves")
 
 
-BAD = {
-    "--score digit": "--score digit: tiny-rl was not taught <score>; take --model tiny-judge or --score likelihood",
-    "--model SmolLM9": "no such folder: SmolLM9",
-    "--thresholds 1;2": "--thresholds 1;2",
-    "--gamma 0": "--gamma 0: a number of at least 1",
-    "--treshold 3": "did you mean --threshold?",
-    "--task juggling": "unknown task 'juggling'",
-}
-
-
-@pytest.mark.parametrize("flags", BAD)
-def test_bad_input(go, flags):
-    done = go(f"{SMALL} {flags}")
-    assert done.code == 2 and done.err.startswith("specreason.py: error: ") and done.err.count("\n") == 1
-    assert BAD[flags] in done.err
-
-
 def test_vocabularies_of_two_sizes():
     models = [SimpleNamespace(config={"vocab_size": n}, vocab_bias=None, lm_head=SimpleNamespace(weight=torch.zeros(1)))
               for n in (12, 10)]  # fmt: skip
