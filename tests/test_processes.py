@@ -299,12 +299,12 @@ def killed_while_running(fork, whole, cwd, script: str, seconds: float) -> bool:
 KILLED = "the checkpoint before is whole; --resume goes on from it and ends with the same bits"
 
 
-@fault("kill -9 while training", KILLED, -9)
+@fault("kill -9 while training", KILLED, 137)
 def test_kill_while_running(fork, whole, cwd):
     assert killed_while_running(fork, whole, cwd, "grpo", 0.2)
 
 
-@fault("kill -9 during a save", KILLED, -9)
+@fault("kill -9 during a save", KILLED, 137)
 @pytest.mark.parametrize("script, calls", [("grpo", 400), ("budget_forcing", 40)])
 def test_kill_during_a_save(fork, whole, cwd, script, calls):
     assert killed_in_a_save(fork, whole, cwd, script, calls)
@@ -362,13 +362,14 @@ module.chosen_logprobs = chosen_logprobs
 """
 
 
-@fault("a rank raises", "its traceback is shown, once; the others end in seconds, `rank 0...`", 1)
-def test_a_rank_that_raises(fork, whole, cwd, code):
+@fault("a rank raises", "its traceback is shown, once; the others end in seconds, `another rank ended or hangs`", 1)
+def test_a_rank_that_raises(fork, whole, cwd, code, happens):
     patch = AT_STEP_3.format("raise RuntimeError('a slip of rank 1')")
     done = [job.wait(60) for job in ranks(fork, "grpo", f"{RUN} --out a", patch=patch)]
     assert [d.code for d in done] == [code, code]
     assert done[1].err.count("RuntimeError: a slip of rank 1") == 1
-    assert done[0].err.startswith("grpo.py: error: another rank") and done[0].err.count("\n") == 1, done[0].err
+    assert done[0].err.count("\n") == 1, done[0].err
+    says(happens, done[0].err)
     goes_on(fork, whole("grpo", 2), cwd / "a", "grpo", 2)
 
 
