@@ -154,5 +154,7 @@ def test_budget_forcing():
     assert chosen == {"caps": "256,512,1024,2048,4096", "max_new_tokens": 4608}
     assert bf.numbers(cfg.caps, "caps")[-1] + 512 == cfg.max_new_tokens
     assert bf.rows_at_once(model, 256 + cfg.max_new_tokens) >= 64
-    assert plan_of("budget_forcing", cfg, model)["all"] < 80
+    plan = plan_of("budget_forcing", cfg, model)
+    assert plan["all"] < 80 and plan["weights"] == pytest.approx(4 * PARAMETERS / GB, abs=0.001)  # no gradients
+    assert plan["activations"] == plan["logits"] == 0
     assert all(bf.numbers(caps, "caps")[-1] < most for caps, most in zip(*bf.BY_SIZE.values(), strict=True))

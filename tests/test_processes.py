@@ -168,7 +168,7 @@ def whole(fork, cwd, tmp_path_factory):
 
 
 def flags_of(script: str) -> str:
-    return RUN if script in TRAINED else ""
+    return RUN if script in TRAINED else "--save_every 1 --eval_problems 3" if script == "specreason" else ""
 
 
 def ranks(fork, script: str, flags: str, world: int = 2, patch: str = "", resume: bool = False) -> list[Job]:
@@ -265,7 +265,7 @@ def count(frame, event, argument):
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
 def save(*args, **options):
-    if module.Path("a/step-000001").exists():
+    if list(module.Path("a").glob("step-*")):
         sys.setprofile(count)
     try:
         return real(*args, **options)
@@ -299,12 +299,12 @@ def killed_while_running(fork, whole, cwd, script: str, seconds: float) -> bool:
 KILLED = "the checkpoint before is whole; --resume goes on from it and ends with the same bits"
 
 
-@fault("kill -9 while training", KILLED, -9)
+@fault("kill -9 while training", KILLED, 137)
 def test_kill_while_running(fork, whole, cwd):
     assert killed_while_running(fork, whole, cwd, "grpo", 0.2)
 
 
-@fault("kill -9 during a save", KILLED, -9)
+@fault("kill -9 during a save", KILLED, 137)
 @pytest.mark.parametrize("script, calls", [("grpo", 400), ("budget_forcing", 40)])
 def test_kill_during_a_save(fork, whole, cwd, script, calls):
     assert killed_in_a_save(fork, whole, cwd, script, calls)
@@ -314,7 +314,7 @@ def test_kill_during_a_save(fork, whole, cwd, script, calls):
 @pytest.mark.parametrize("script", ["grpo", "ppo", "coconut", "recurrent_depth", "budget_forcing", "specreason"])
 def test_kills_at_random_moments(fork, whole, cwd, script):
     """Eight a script, seeded: four at any moment, four within a save."""
-    rng, killed, calls = random.Random(script), 0, 2500 if script in TRAINED else 200
+    rng, killed, calls = random.Random(script), 0, 2500 if script in TRAINED else 100
     for _ in range(4):
         killed += killed_while_running(fork, whole, cwd, script, rng.uniform(0, 0.6))
         killed += killed_in_a_save(fork, whole, cwd, script, rng.randrange(calls))
@@ -345,7 +345,7 @@ def test_full_disk(fork, whole, cwd, what, code):
     before = {path: path.read_bytes() for path in last.iterdir()}
     done = fork("grpo", "--resume a", patch, resume=True).wait()
     assert done.code == code and done.err.count("\n") == 1 and done.err.startswith("grpo.py: error: "), done.err
-    says("`; the last checkpoint is whole, --resume`" if ".json" in what else "`step-000005 cannot be written`", done.err)
+    says("`; the last checkpoint is whole, `" if ".json" in what else "`step-000005 cannot be written`", done.err)
     assert before == {path: path.read_bytes() for path in last.iterdir()} and not checkpoint(run, STEPS).exists()
     goes_on(fork, whole("grpo"), run, "grpo")
 
@@ -362,13 +362,14 @@ module.chosen_logprobs = chosen_logprobs
 """
 
 
-@fault("a rank raises", "its traceback is shown, once; the others end in seconds, `rank 0...`", 1)
-def test_a_rank_that_raises(fork, whole, cwd, code):
+@fault("a rank raises", "its traceback is shown, once; the others end in seconds, `another rank ended or hangs`", 1)
+def test_a_rank_that_raises(fork, whole, cwd, code, happens):
     patch = AT_STEP_3.format("raise RuntimeError('a slip of rank 1')")
     done = [job.wait(60) for job in ranks(fork, "grpo", f"{RUN} --out a", patch=patch)]
     assert [d.code for d in done] == [code, code]
     assert done[1].err.count("RuntimeError: a slip of rank 1") == 1
-    assert done[0].err.startswith("grpo.py: error: another rank") and done[0].err.count("\n") == 1, done[0].err
+    assert done[0].err.count("\n") == 1, done[0].err
+    says(happens, done[0].err)
     goes_on(fork, whole("grpo", 2), cwd / "a", "grpo", 2)
 
 

@@ -167,7 +167,9 @@ def value_of_tree(node: ast.expr) -> Fraction:
         return OPERATORS[type(node.op)](value_of_tree(node.left), value_of_tree(node.right))
     if isinstance(node, ast.UnaryOp):
         return SIGNS[type(node.op)](value_of_tree(node.operand))
-    return Fraction({int: node.value}[type(getattr(node, "value", None))])
+    if not isinstance(node, ast.Constant):
+        raise KeyError(node)
+    return Fraction(node.value)
 
 
 def random_expression(rng: random.Random, depth: int) -> str:
@@ -406,7 +408,7 @@ HOSTILE = [
 SCORERS = {
     "countdown": lambda text: rewards.score_countdown(text, [3, 5, 7], 22),
     "multiplication": lambda text: rewards.score_multiplication(text, 12, 34),
-    "gsm8k": lambda text: rewards.score_gsm8k(text, "18"),
+    "gsm8k": lambda text: rewards.score_gsm8k(text, "17"),
     "math": lambda text: rewards.score_math(text, "x^2-1"),
     "generalpoints": lambda text: rewards.GeneralPoints().score(text, HAND),
     "knights": lambda text: rewards.KnightsAndKnaves().score(text, PUZZLE),
@@ -447,7 +449,7 @@ def seconds_of(judge, text: str, bound: float) -> float:
         started, clock = time.process_time(), time.monotonic()
         result = judge(text)
         best = min(best, time.process_time() - started)
-        assert not result["correct"] and result["format"] in (0.0, 1.0)
+        assert not result["correct"] and result["format"] in (0.0, 1.0), (text[:80], result)
         assert time.monotonic() - clock < 20, "late"
         if best < bound:
             break
@@ -526,7 +528,7 @@ def ugly(rng: random.Random, most: int) -> str:
     return text[:most]
 
 
-@fault("a completion of any kind", "a finite score between 0 and 1.1, and as many right as an answer tag holds it", "")
+@fault("a completion of any kind", "a finite score from the verifier of every task; none raises", "")
 @pytest.mark.parametrize("most, count", [(200, 600), (10**4, 60), (10**6, 6)])
 def test_ugly_completions(most, count):
     rng = random.Random(most)
