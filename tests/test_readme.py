@@ -280,6 +280,14 @@ def test_figures_of_the_prose_are_those_of_the_files(script):
     assert unknown(section, known) == [] and unknown(expect, known) == [], "not in docs/results"
 
 
+def test_figures_of_the_fork_are_those_of_the_files():
+    about, (section,) = EXPERIMENTS["grpo_fork"], re.findall(r"^## Fork it.*?(?=^## )", README, re.M | re.S)
+    assert (
+        unknown(section, [*results.means(about).values(), about["minutes"]]) == []
+        and len(re.findall(r"\b0\.\d{3}\b", section)) >= 3
+    )
+
+
 def test_figures_of_the_map_are_those_of_the_files():
     rows = [line.split("|") for line in README.splitlines() if line.startswith("| ") and line.count("|") == 7]
     rows = [cells for cells in rows if ".py" in cells[2] and "`" in cells[3]]
