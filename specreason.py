@@ -6,7 +6,7 @@ writes a step, the base reads it in one pass and gives it 0 to 9 points; below t
 
     step  = draft(text),  u = score_base(text, step);   keep it if u >= threshold, else step = base(text)      (1)
     u     = sum_d d p(d) / sum_d p(d)      the expected digit behind a request for one                         (2)
-    u     = floor(10 F(min_t -e_t)),  e_t = max(0, -log p(x_t) - H_t),  F that of the base's own steps         (3)
+    u     = 10 F(min_t -e_t),  e_t = max(0, -log p(x_t) - H_t),  F that of the base's own steps                (3)
     token : keep x ~ q with probability min(1, p(x) / q(x)), at the first refusal draw from max(0, p - q)      (4)
     tokens per pass of the base = 1 + sum_k prod_i<=k alpha_i,   alpha = sum_x min(p(x), q(x))                 (5)
     speed-up: of (4) eq. 5 / (gamma c + v),   of (1) s / (c s + v + (1 - a) s)                                 (6)
@@ -68,7 +68,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from rewards import ASSISTANT_PREFIX, BadInput, heldout, make_task, pass_at_k, prompt
+from rewards import ASSISTANT_PREFIX, BadInput, heldout, make_task, pass_at_k, prompt, read_jsonl
 
 
 def flag(default, help: str, least: float = 0):
@@ -90,7 +90,7 @@ class Config:
     temperature: float = flag(1.0, "of both models (paper: 0.6), 0 = greedy")
     top_p: float = flag(1.0, "nucleus of both models (paper: 0.95)", 0.01)
     eval_problems: int = flag(170, "held-out problems for the base and --threshold", 1)
-    sweep_problems: int = flag(25, "of these, how many for all other ways too", 1)
+    sweep_problems: int = flag(20, "of these, how many for all other ways too", 1)
     save_every: int = flag(50, "problems between two looks at the log and records that --resume goes on from", 1)
     seed: int = flag(0, "seed of the held-out problems and of the sampling")
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto is cuda where there is one")
@@ -101,8 +101,8 @@ class Config:
     check: bool = flag(False, "two problems in every way, in a temporary folder, with the memory plan")
     score: Literal["likelihood", "digit"] = flag("likelihood", "u of eq. 3, or the digit of eq. 2")
     method: Literal["average", "greedy"] = flag("average", "reading of the digit in eq. 2")
-    threshold: float = flag(1.0, "a step with fewer points is written again by the base (paper, for a digit: 7)")
-    thresholds: str = flag("1,3,5,7,9", "thresholds of the sweep")
+    threshold: float = flag(0.3, "a step with fewer points is written again by the base (paper, for a digit: 7)")
+    thresholds: str = flag("0.1,1,5", "thresholds of the sweep")
     first_n: int = flag(0, "steps at the beginning that the base writes unasked")
     gamma: int = flag(4, "drafted tokens per pass of the base in eq. 4", 1)
 
@@ -324,32 +324,25 @@ def deepen(model: "Model", count: int) -> None:
     model.config["num_hidden_layers"] += count
 
 
-def training_data(name: str, count: int, seed: int, path: str, draft: str = "") -> None:
-    """Write lines for sft.py --data from answers to `count` training problems; models/README.md has the commands.
+def graded_steps(answers: str, path: str, seed: int) -> None:
+    """Make lines that teach <score> (sft.py --data) of a draft's countdown answers (sft.py --sample --keep all).
 
-    They are the model's right answers. With a draft they teach <score>: its answers, cut behind up to two steps of
-    each grade, as many of each, and behind <score> the grade of a solver; an eighth are right answers of the model.
+    Each step is a line, with a solver's grade as the completion. What stands before is what a perfect judge leaves
+    of the steps before it, from a random one on. models/README.md has the commands.
     """
-    answers, graded = [], {}
-    for source in filter(None, (name, draft)):
-        model = load_model(resolve_model(source))
-        prompter = Prompter(model, make_task("countdown", natural=not model.is_tiny), False)
-        numbered = [(n, prompter.task.problem("train", seed, n)) for n in range(count)]
-        for c in rollout(model, prompter, numbered, 1, 512, (seed, 0), 1.0):
-            given, steps, seen = prompter.text(c.problem), prompter.decode(c.tokens).splitlines(keepends=True), []
-            if source == name and c.score["correct"] and c.finished:
-                answers.append((given, c.text))
-            whole = range(len(steps) - (not c.finished)) if source == draft else ()
-            for i in Random(f"cut {seed} {c.number}").sample(whole, len(whole)):
-                before = "".join(steps[:i])
-                seen.append(prompter.task.grade_step(c.problem, before, steps[i].removesuffix("<eos>")))
-                if seen.count(seen[-1]) <= 2:
-                    graded.setdefault(seen[-1], []).append((f"{given}{before}{steps[i]}<score>", str(seen[-1])))
-    fewest = min(map(len, graded.values()), default=0)
-    lines = [line for part in graded.values() for line in part[:fewest]]
-    lines += answers[: len(lines) // 7] if draft else answers
-    rows = (json.dumps({"prompt": given, "completion": text}) + "\n" for given, text in lines)
-    Path(path).write_text("".join(rows), encoding="utf-8")
+    task, rng, rows = make_task("countdown"), Random(f"graded {seed}"), []
+
+    def read(answer: dict) -> None:
+        numbers, target = answer["prompt"].removesuffix("<think>").split("=")
+        problem, kept = {"numbers": [*map(int, numbers.split(","))], "target": int(target)}, []
+        for step in answer["completion"].splitlines(keepends=True):
+            before, end = "".join(kept[rng.randint(0, len(kept)) :]), "<eos>" * ("</answer>" in step)
+            grade = task.grade_step(problem, before, step)
+            rows.append({"prompt": f"{answer['prompt']}{before}{step}{end}<score>", "completion": str(grade)})
+            kept += [step] * (grade > 0)
+
+    read_jsonl(answers, read)
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def choose_draft(cfg: Config, base: "Model") -> str:
@@ -424,7 +417,7 @@ class Contest:
             base.forget(len(text) + len(step))
             return read_digit(logits.log_softmax(-1), self.digits, self.cfg.method)
         own = least_agreement(base.read(text + step, len(step) + 1)[:-1], step)
-        return float(min(9, 10 * bisect_right(self.quantiles, own) // len(self.quantiles)))
+        return min(9.0, 10 * bisect_right(self.quantiles, own) / len(self.quantiles))  # 1: as its worst tenth
 
     def grade(self, text: list[int], step: list[int]) -> int:
         """What a solver says of the step; no score but the oracle's may ask it."""
@@ -605,9 +598,9 @@ def conclude(run: "Run", metrics: dict[str, float], shares: str) -> int:
     m = {name.removeprefix("eval/"): value for name, value in metrics.items()}
     heads = "problems accuracy gap gap_se clipped_ratio tokens discarded acceptance speedup seconds".split()
     heads += [f"{what}_{part}" for what, parts in (("seconds", PARTS), ("calls", PARTS[::2])) for part in parts]
-    lines = [" " * 12 + "".join(f"{head.replace('seconds_', 's ').replace('calls_', 'n ')[:9]:>10}" for head in heads)]
+    lines = [" " * 14 + "".join(f"{head.replace('seconds_', 's ').replace('calls_', 'n ')[:9]:>10}" for head in heads)]
     for way in (name.removeprefix("tokens/") for name in m if name.startswith("tokens/")):
-        lines.append(f"{way:12}" + "".join(f"{m[f'{head}/{way}']:10.3f}" for head in heads))
+        lines.append(f"{way:14}" + "".join(f"{m[f'{head}/{way}']:10.3f}" for head in heads))
     low = m["gap/specreason"] - 1.645 * m["gap_se/specreason"]
     lines += [
         "seconds per problem; gap: accuracy minus the base's on the same problems",

@@ -363,6 +363,17 @@ def test_ranks(small, cwd, monkeypatch):
     assert codes == [0, 0] and without_times(cwd / "a") == without_times(cwd / "b")
 
 
+@pytest.mark.slow
+def test_torchrun_with_two_ranks(small, cwd):
+    """Two processes share the problems; the rows are those of one."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = conftest.finish(conftest.start("budget_forcing", f"--model {small} {SMALL} --out two", cwd, launch))
+    assert done.code == 0 and done.out.count("folder two") == 1, done.err
+    assert bf.main(bf.solve, bf.Config, ["--model", str(small), *SMALL.split(), "--out", "one"]) == 0
+    assert without_times(cwd / "one") == without_times(cwd / "two")
+    assert json.loads((cwd / "two" / "run.json").read_text(encoding="utf-8"))["ranks"] == 2
+
+
 def test_check_and_modes(small, cwd, capfd):
     done = start(small, cwd, capfd, "--check --budget_mode per_round --temperature 0")
     assert (done.code, done.err) == (0, "") and "check passed" in done.out and not list(cwd.iterdir())

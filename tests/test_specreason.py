@@ -2,13 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import lines_of
+from conftest import finish, lines_of, start
 from test_vectors import cases, check, near
 
 import rewards
@@ -343,21 +344,25 @@ def test_oracle_grades():
 
 
 def test_data_that_teaches(tmp_path):
-    """Right answers for a draft; for a verifier steps of the draft with a solver's grade, as many of each."""
-    task = rewards.make_task("countdown")
-    sr.training_data("tiny-rl", 4, 7, str(tmp_path / "draft.jsonl"))
-    rows = lines_of(tmp_path / "draft.jsonl")
-    assert 0 < len(rows) <= 4 and all(r["prompt"].endswith("<think>") and "</answer>" in r["completion"] for r in rows)
-    sr.training_data("tiny-rl", 8, 7, str(tmp_path / "judge.jsonl"), "tiny-draft")
-    rows, problems = lines_of(tmp_path / "judge.jsonl"), [task.problem("train", 7, n) for n in range(8)]
-    judged = [r for r in rows if r["prompt"].endswith("<score>")]
-    counts = [sum(r["completion"] == digit for r in judged) for digit in "059"]
-    assert counts[0] == counts[1] == counts[2] > 0 and sum(counts) == len(judged) and len(rows) - len(judged) <= 4
-    for r in judged:
-        given, _, text = r["prompt"].removesuffix("<score>").partition("<think>")
-        problem = next(p for p in problems if task.compact(p).startswith(given))
-        *before, step = text.removesuffix("<eos>").splitlines(keepends=True)
-        assert task.grade_step(problem, "".join(before), step) == int(r["completion"])
+    """Every step of a draft's answer with a solver's grade, behind what a perfect judge leaves of those before it."""
+    steps = ["7+5*1=7+5=12>2\n", "7-5*1=7-5=3>2\n", "7+5*1=7+5=12>2\n", "</think><answer>7-5*1</answer>"]
+    answer = {"prompt": "7,1,5=2<think>", "completion": "".join(steps)}
+    (tmp_path / "drafted.jsonl").write_text(30 * (json.dumps(answer) + "\n"), encoding="utf-8")
+    sr.graded_steps(str(tmp_path / "drafted.jsonl"), str(tmp_path / "judge.jsonl"), 0)
+    rows = lines_of(tmp_path / "judge.jsonl")
+    assert len(rows) == 120 and all(list(row) == ["prompt", "completion"] for row in rows)
+    befores = [set() for _ in steps]
+    for i, row in enumerate(rows):
+        step = steps[i % 4] + "<eos>" * (i % 4 == 3)
+        before = row["prompt"].removeprefix(answer["prompt"]).removesuffix(f"{step}<score>")
+        assert row["prompt"] == f"{answer['prompt']}{before}{step}<score>"
+        befores[i % 4].add(before)
+        repeated = i % 4 == 2 and steps[0] in before
+        assert row["completion"] == ("9", "0", "5" if repeated else "9", "9")[i % 4]
+    assert befores == [{""}, {"", steps[0]}, {"", steps[0]}, {"", steps[2], steps[0] + steps[2]}]
+    (tmp_path / "drafted.jsonl").write_text('{"prompt": "7+5=", "completion": "x"}', encoding="utf-8")
+    with pytest.raises(rewards.BadInput, match="drafted.jsonl, line 1"):
+        sr.graded_steps(str(tmp_path / "drafted.jsonl"), str(tmp_path / "judge.jsonl"), 0)
 
 
 def test_the_digit_is_that_of_a_plain_pass_and_leaves_no_trace():
@@ -404,15 +409,28 @@ def test_a_run_and_its_files(go, cwd):
     assert len(sample["tokens"]) == len(sample["logprobs"]) and max(sample["logprobs"]) <= 0
 
 
-def test_resume_goes_on_with_the_same_answers(go, cwd):
-    def counts(folder):
-        saved = json.loads(next((cwd / folder).glob("step-*")).joinpath("records.json").read_text())["records"]
-        return [{way: {k: v for k, v in r.items() if "seconds" not in k} for way, r in row.items()} for row in saved]
+def answers(folder: Path) -> list[dict]:
+    """What a run knows of every problem, but for the times."""
+    saved = json.loads(next(folder.glob("step-*")).joinpath("records.json").read_text())["records"]
+    return [{way: {k: v for k, v in r.items() if "seconds" not in k} for way, r in row.items()} for row in saved]
 
+
+def test_resume_goes_on_with_the_same_answers(go, cwd):
     assert go(f"{SMALL} --model tiny-judge --score digit --out whole --eval_problems 3").code == 0
     assert go(f"{SMALL} --model tiny-judge --score digit --out halves").code == 0
     assert go("--resume halves --eval_problems 3").code == 0
-    assert counts("whole") == counts("halves")
+    assert answers(cwd / "whole") == answers(cwd / "halves")
+
+
+@pytest.mark.slow
+def test_torchrun_with_two_ranks(go, cwd):
+    """Two processes share the problems; the answers are those of one."""
+    flags = f"{SMALL} --eval_problems 3"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = finish(start("specreason", f"{flags} --out two", cwd, launch))
+    assert done.code == 0 and done.out.count("speculative decoding: alpha") == 1, done.err
+    assert go(f"{flags} --out one").code == 0 and answers(cwd / "one") == answers(cwd / "two")
+    assert json.loads((cwd / "two" / "run.json").read_text(encoding="utf-8"))["ranks"] == 2
 
 
 def test_vocabularies_of_two_sizes():
