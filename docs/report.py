@@ -654,7 +654,7 @@ def picture(runs: list[Run], names: list[str]) -> str:
         body += f'<path class="{css}" d="M{x:.0f},{y - 3}h18"/><text x="{x + 23:.0f}" y="{y}">{esc(text, 60)}</text>'
         x += width
     back = f'<rect fill="var(--bg)" width="{across * WIDE}" height="{y + 8}"/>'
-    size = f'width="{across * WIDE}" viewBox="0 0 {across * WIDE} {y + 8}"'
+    size = f'width="{max(2, across) * WIDE}" viewBox="0 0 {across * WIDE} {y + 8}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{INSIDE}</style>{back}{body}</svg>\n'
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, PAGE, README = ROOT / "docs" / "results", ROOT / "docs" / "results.md", ROOT / "README.md"
 BEGIN, END = "<!-- results: written by python docs/results.py -->", "<!-- end of results -->"
-ORDER = "sft grpo ppo nsr coconut recurrent_depth budget_forcing specreason".split()  # of the README
+ORDER = "grpo ppo nsr coconut recurrent_depth budget_forcing specreason sft".split()  # of the README
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 OPERATORS |= {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq}
@@ -124,6 +124,8 @@ def table(experiments: dict[str, dict]) -> str:
     for name, about in experiments.items():
         link, seeds = f"[{name}](docs/results.md#{name})", "S = " + ", ".join(map(str, about["seeds"]))
         commands = "<br>".join([f"`{command}`" for command in about["commands"]] + [seeds])
+        if len(commands) > 400:
+            commands = f"[{len(about['commands'])} commands](docs/results.md#{name})<br>{seeds}"
         machine = f"{minutes(about)}, {about['machine']}"
         for claim in about["claims"]:
             cells = link, f"`{claim}`", measured(claim, about), verdict(claim, about), commands, machine
