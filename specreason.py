@@ -20,8 +20,8 @@ Run
     torchrun --standalone --nproc_per_node=8 specreason.py --model Qwen2.5-1.5B --score digit --threshold 7
 
 Expect
-    One busy thread of an AMD EPYC, seeds 0 to 2, 454 problems: accuracy of base 0.73, SpecReason 0.69 (-4.4 +- 2.5
-    points), draft 0.40; SpecReason is 1.10, 1.34 and 1.24 times as fast as the base (eq. 6: 1.28, 1.40, 1.28),
+    One busy thread of an AMD EPYC, seeds 0 to 2, 510 problems: accuracy of base 0.73, SpecReason 0.68 (-4.5 +- 2.3
+    points), draft 0.42; SpecReason is 1.10, 1.34 and 1.12 times as fast as the base (eq. 6: 1.28, 1.40, 1.26),
     speculative decoding 1.45, 1.58 and 1.97 times (eq. 6: 1.68, 1.66, 1.58). README.md has controls and deeper bases.
 
 Differs from the paper in: a tiny base is taught the digit (`graded_steps`); (3), which needs no teaching; a step keeps
