@@ -1468,13 +1468,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 def cut_log(log: Path, step: int) -> None:
     """Drop the lines of a log beyond a step, and a last one that is not whole."""
-    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
     try:
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        kept = "".join(line + "\n" for line in text.split("\n")[:-1] if json.loads(line)["step"] <= step)
     except (LookupError, RecursionError, TypeError, ValueError) as error:
         raise BadInput(f"{log} has a line without a step ({first_line(error)}); take it out") from None
-    if len(kept) < len(lines):
-        write_atomically(log, "".join(kept))
+    if kept != text:
+        write_atomically(log, kept)
 
 
 def logits_at_once(model: Model) -> int:

@@ -922,3 +922,11 @@ def test_logits_that_are_not_numbers(run, cwd, small):
     edit_tensors(broken, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     done = run("grpo", "--out a", model=broken)
     assert done.code == 1 and "not finite" in done.err and done.err.count("\n") == 1
+
+
+def test_a_line_cut_short_leaves_the_log(tmp_path):
+    """By a full disk or a kill: the resumed run would write its next line behind the fragment."""
+    log = tmp_path / "samples.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"st', encoding="utf-8")
+    module("grpo").cut_log(log, 2)
+    assert log.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n'
