@@ -32,7 +32,7 @@ Run
 Expect
     Held-out accuracy 0.343 -> 0.731, 0.335 -> 0.726, 0.340 -> 0.723 (seeds 0, 1, 2), mean length 93 to 97 -> 210 to 213
     tokens; 19 minutes for seed 0, one thread of an AMD EPYC. The critic's explained variance is 0.2 from step 16 on.
-    With --max_new_tokens 96 --steps 16, means of three seeds: 0.401 of the answers are cut off, with --reward cosine 0.201.
+    With --max_new_tokens 96 --steps 16, means of three seeds: 0.401 of the answers cut off, with --reward cosine 0.201.
 
 Differs from the papers in: no KL term by default; one value per reward type (2502.03373: one for their sum, which
 allows lambda 1 only), learnt from every token alike (its code: every answer alike); a cut-off answer gets no end token
