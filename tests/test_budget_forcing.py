@@ -395,7 +395,7 @@ SMOLLM2 = os.environ.get("SMOLLM2", "")
 @pytest.mark.skipif(not SMOLLM2, reason="SMOLLM2 names no folder: python tests/smollm2.py DIR")
 def test_smollm2(cwd, capfd):
     """A delimiter of several tokens, "Wait" and a forced answer on a real model."""
-    flags = "--caps 6,12 --max_new_tokens 20 --eval_problems 2 --eval_samples 1 --waits 1 --tries 1 --length_prompt"
+    flags = "--caps 6,12 --max_new_tokens 20 --eval_problems 1 --eval_samples 1 --waits 1 --tries 1 --length_prompt"
     assert bf.main(bf.solve, bf.Config, ["--model", SMOLLM2, *flags.split(), "--out", "a"]) == 0
     rows = lines_of(cwd / "a" / "samples.jsonl")
     forced = [row for row in rows if "</think><answer>" in "".join(row["pieces"])]

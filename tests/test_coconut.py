@@ -412,12 +412,12 @@ def test_a_file_by_epochs(run, cwd):
     not os.environ.get("SMOLLM2"), reason="SMOLLM2 names no folder; python tests/smollm2.py DIR makes it"
 )
 def test_a_real_model_thinks(tmp_path):
-    """SmolLM2-135M with three new tokens: two ProsQA rows with thoughts equal recomputation; one step trains it."""
+    """SmolLM2-135M with three new tokens: a ProsQA row with thoughts equals recomputation; one step trains it."""
     model, prompter = prompter_of(tmp_path, f"--model {os.environ['SMOLLM2']} --c 2", "prosqa")
     assert prompter.style == "text" and prompter.markers == (49152, 49153, 49154)
-    rows = [prompter.row(prompter.task.problem("train", 0, i), i + 1) for i in range(2)]
+    rows = [prompter.row(prompter.task.problem("train", 0, 0), 1)]
     tokens, mask = padded(rows)
-    assert [ids.count(49153) for ids, _ in rows] == [2, 4]
+    assert [ids.count(49153) for ids, _ in rows] == [2]
     with torch.no_grad():
         hidden = model(tokens)
         for row, (ids, _) in enumerate(rows):
