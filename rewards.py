@@ -1356,6 +1356,8 @@ def make_task(spec: str, data: str = "", natural: bool = False) -> Task:
 
 
 score_failures = 0  # answers that a verifier could not judge: wrong
+# what a text can make a verifier raise; a full disk, no memory or a misspelt name are no answer's fault and end the run
+ANSWER_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error)
 
 
 def guarded(judge: Callable[..., dict]) -> Callable[..., dict]:
@@ -1371,9 +1373,7 @@ def guarded(judge: Callable[..., dict]) -> Callable[..., dict]:
             if not math.isfinite(parts["total"] + parts["format"] + parts["correct"]):
                 raise ValueError(f"the verifier gave {parts}")
             return parts | {"answer": parts["answer"]}
-        except (OSError, MemoryError):  # of the machine, not of an answer
-            raise
-        except Exception:  # whatever a verifier may raise that somebody adds here
+        except ANSWER_FAULTS:
             score_failures += 1
             if score_failures == 1:
                 shown = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in traceback.format_exc())
