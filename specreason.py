@@ -973,8 +973,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = Path(folder) / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library knows no other
+        return Tokenizer.from_buffer(path.read_bytes())  # from_file would raise a bare Exception
+    except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read ({first_line(error)}); download or save it again") from None
 
 
