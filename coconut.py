@@ -1,36 +1,37 @@
-"""Coconut, a chain of continuous thought: reasoning in hidden states instead of words (arXiv:2412.06769).
+"""Coconut, a chain of continuous thought: reasoning in hidden states (arXiv:2412.06769).
 
-Between <bot> and <eot> the model writes no token. Its last hidden state, after the final norm, is its next input: no
-head, no sampling, no embedding, and the gradient flows back through the whole chain. A curriculum gets it there: first
-it learns to write its steps, then stage by stage the first step that is left is replaced by c thoughts.
+Between <bot> and <eot> the model writes no token: its last hidden state is its next input, and
+gradients flow through the whole chain. A curriculum gets it there: first it learns to write its
+steps; then, stage by stage, c thoughts replace the first step that is left.
 
-    input_t = h_(t-1) if position t holds a thought, else embedding(x_t)                                 (1)
-    stage k: question <bot> [c k thoughts] <eot> step_(k+1) .. step_n answer                             (2)
-    loss    = -(1/N) sum_i sum_t mask_i,t log p(x_i,t | inputs_i,<t), mask 1 behind <eot>                (3)
-
-n thoughts take n + 1 passes with a cache that gradients flow through: the question up to <bot>, then one position at a
-time, then all that is left. --mode has the controls: cot (all steps in words), no_cot (the answer alone), no_thoughts
-(the curriculum without thoughts), pause (a learnt token where a thought would be, one pass), no_curriculum (the last
-stage from the start).
+    input_t = h_(t-1)  if position t holds a thought, else embedding(x_t)       (1)
+              h after the final norm; the first thought is the state at <bot>
+    stage k:  question <bot> [c k thoughts] <eot> step_(k+1), .., answer        (2)
+    loss    = -(1/N) sum_i sum_t mask_i,t log p(x_i,t | inputs_i,<t)            (3)
+              mask 1 after <eot>, N learnt tokens in the step
 
 Run
-    python coconut.py                                         # affine chains modulo 7, two CPU cores, minutes
-    python coconut.py --model Qwen2.5-1.5B --data gsm_train.txt --c 2 --max_stage 3 --epochs_per_stage 3 --gate 0
-    python coconut.py --mode no_cot                           # a control; --task s3 is another task
-    torchrun --standalone --nproc_per_node=8 coconut.py --model Qwen2.5-1.5B --data gsm_train.txt --c 2 --max_stage 3
+    python coconut.py              # chains of + and * modulo 7, two CPU cores, minutes
+    python coconut.py --model Qwen2.5-1.5B --data gsm_train.txt --c 2 --max_stage 3
+        --gate 0 --epochs_per_stage 3           # one GPU, the paper's schedule
+    torchrun --standalone --nproc_per_node=8 coconut.py ...
+    Controls: --mode cot            all steps in words
+              --mode no_cot         the answer alone
+              --mode no_thoughts    stages without thoughts
+              --mode pause          a learnt token for a thought, so one pass
+              --mode no_curriculum  the last stage from the start
+    python docs/experiments/coconut.py FOLDER   # what the thoughts of a run say
 
 Expect
-    Held-out accuracy at temperature 1, 6 CPU minutes, one thread of an AMD EPYC, seed 0: 0.97 in words (step 284, 19
-    tokens), 0.95 with one thought (step 378), 0.91 with two (step 1411), 0.98 with three thoughts and the answer alone
-    (step 5000, 4 tokens); seeds 1 and 2 end at 0.62 and 0.79. One layer cannot answer at once: --mode no_cot ends at
-    0.27 to 0.30, pause at 0.24 to 0.65. A thought is a pass more; the second, put through the head, is step 1's result
-    in 97 % of the problems.
+    Seed 0, 6 minutes on one thread: held-out accuracy 0.97 in words (step 284, 19 tokens),
+    0.98 with three thoughts and the answer alone (step 5000, 4 tokens); seeds 1 and 2 end
+    at 0.62 and 0.79. One layer cannot answer at once: no_cot 0.27 to 0.30, pause to 0.65.
 
-Differs from the paper in: a stage ends early once it is learnt (--gate 0 --epochs_per_stage 3: the paper's clock);
-mixed stages are drawn for a whole batch, so that its rows have equally many thoughts; gradients are clipped at 1; beta2
-of AdamW is 0.95, since old squares slow a new stage (the paper's code starts a new AdamW every epoch).
+Differs from the paper in: a stage ends once it is learnt; a batch is of one stage; gradients
+are clipped; beta2 of AdamW is 0.95 (the paper's code starts a new AdamW every epoch).
 
-Legend: B rows, T tokens, C hidden size, V vocabulary, H query heads, K key heads, D head size, P prompts.
+Legend: B rows, T tokens, P prompts, C hidden size, V vocabulary, H query heads, K key heads,
+D head size, S cache positions, n thoughts.
 """
 
 import argparse
@@ -38,20 +39,15 @@ import copy
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
-from difflib import get_close_matches
-from functools import lru_cache, partial
-from importlib.metadata import version
+from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from random import Random
 from typing import Literal, get_args
@@ -60,123 +56,97 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-from rewards import ASSISTANT_PREFIX, BadInput, heldout, make_task, pass_at_k, prompt
+from rewards import (
+    ASSISTANT_PREFIX,
+    BadInput,
+    Completion,
+    describe_evaluation,
+    heldout,
+    in_groups,
+    make_task,
+    micro_batches,
+    prompt,
+    read_json,
+    reading,
+    resolve_model,
+)
 
 
-def flag(default, help: str, least: float = 0):
-    """A field of Config: its default, its help, and the least number allowed."""
+def option(default, help: str, least: float = 0):
+    """A setting: its default, its help, the least number allowed."""
     return field(default=default, metadata={"help": help, "least": least})
 
 
 @dataclass
 class Config:
-    model: str = flag("scratch", "scratch (a new tiny model), tiny, a folder, owner/name, or a short name")
-    num_layers: int = flag(1, "layers of a model from scratch", 1)
-    hidden_size: int = flag(128, "width of a model from scratch, a multiple of 16", 16)
-    task: str = flag("affine", "task with steps, with knobs: affine:length=4, s3, prosqa")
-    data: str = flag("", "problems with steps: ProsQA or ProntoQA JSON, GSM8K-Aug lines, or JSONL")
-    max_new_tokens: int = flag(0, "longest completion in evaluations, 0 = by model size")
-    temperature: float = flag(1.0, "sampling temperature in evaluations, 0 = greedy")
-    batch_size: int = flag(0, "sequences per step over all ranks, 0 = by model size")
-    micro_batch_tokens: int = flag(0, "padded tokens per forward pass, 0 = by model size")
-    steps: int = flag(5000, "optimizer steps, 0 = only evaluate")
-    lr: float = flag(0.0, "learning rate, constant, 0 = by model size")
-    weight_decay: float = flag(0.01, "AdamW weight decay")
-    eval_problems: int = flag(200, "held-out problems per evaluation, 0 = no evaluation")
-    eval_samples: int = flag(4, "completions per held-out problem", 1)
-    eval_every: int = flag(0, "steps between evaluations, 0 = before, after and at the end of each stage")
-    save_every: int = flag(500, "steps between checkpoints, 0 = at the end only")
-    seed: int = flag(0, "seed of data, weights and sampling")
-    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "auto is cuda where there is one")
-    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "of the products; weights stay float32")
-    timeout: int = flag(10, "minutes after which a rank that hangs ends the run", 1)
-    out: str = flag("", "run folder, none = the next free out/coconut-TASK-SEED")
-    resume: str = flag("", "run folder to go on with, or auto for the newest")
-    check: bool = flag(False, "one step of everything in a temporary folder, with the memory plan")
-    mode: Literal["coconut", "cot", "no_cot", "no_thoughts", "pause", "no_curriculum"] = flag(
-        "coconut", "the method, or one of its controls (see above)"
+    model: str = option("scratch", "scratch: a new one; a folder, a hub name")
+    num_layers: int = option(1, "layers of a new model", 1)
+    hidden_size: int = option(128, "width of a new model: heads of 16", 16)
+    task: str = option("affine", "with steps: affine:length=4, s3, prosqa")
+    data: str = option("", "ProsQA or ProntoQA JSON, GSM8K-Aug lines, JSONL")
+    max_new_tokens: int = option(0, "longest completion, 0: by size")
+    temperature: float = option(1.0, "of evaluations, 0: greedy")
+    batch_size: int = option(0, "rows per step, 0: by size")
+    micro_batch_tokens: int = option(0, "padded tokens per pass, 0: by size")
+    steps: int = option(5000, "optimizer steps, 0: only evaluate")
+    lr: float = option(0.0, "learning rate, constant, 0: by size")
+    weight_decay: float = option(0.01, "AdamW's")
+    eval_problems: int = option(200, "held-out problems, 0: no evaluation")
+    eval_samples: int = option(4, "completions per held-out problem", 1)
+    eval_every: int = option(0, "steps between evaluations, 0: as stages end")
+    save_every: int = option(500, "steps between checkpoints, 0: at the end")
+    seed: int = option(0, "seed of data, new weights and sampling")
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto: cuda if any")
+    out: str = option("", "run folder, default out/SCRIPT-TASK-SEED-TIME")
+    resume: str = option("", "run folder to go on with")
+    mode: Literal["coconut", "cot", "no_cot", "no_thoughts", "pause", "no_curriculum"] = option(
+        "coconut", "the method or a control"
     )
-    c: int = flag(1, "thoughts for each step that is left out", 1)
-    max_stage: int = flag(0, "steps replaced by thoughts at most, 0 = as many as the task has, at most 6")
-    pad_latent_to_max: bool = flag(True, "problems with fewer steps get as many thoughts as the others")
-    gate: float = flag(0.97, "share of rows right in training that ends a stage early, 0 = off")
-    stage_steps: int = flag(1200, "most steps of a stage but the last, 0 = no limit")
-    epochs_per_stage: int = flag(0, "with --data: epochs of a stage, instead of --stage_steps")
-    uniform_prob: float = flag(0.2, "share of batches of a stage drawn uniformly from all, so that none is forgotten")
-    reset_optimizer: bool = flag(False, "a new AdamW at each stage")
-
-    checkpointing = "off"  # no flag: what is recomputed would enter the cache twice
+    c: int = option(1, "thoughts for a step", 1)
+    max_stage: int = option(0, "steps replaced, 0: all, up to 6")
+    pad_latent_to_max: bool = option(True, "short problems: thoughts as others")
+    gate: float = option(0.97, "share of rows right that ends a stage, 0: off")
+    stage_steps: int = option(1200, "steps of a stage but the last, 0: no limit")
+    epochs_per_stage: int = option(0, "with --data, instead of --stage_steps")
+    uniform_prob: float = option(0.2, "share of batches of a random stage")
 
 
-BY_SIZE = {  # parameters: below 10 M (made here), below 1 B, above (paper: 1e-4 for GPT-2 and 128 sequences)
+BY_SIZE = {  # below 10 M parameters, below 1 B, above (paper: 1e-4, 128 rows)
     "lr": (2e-3, 1e-4, 2e-5),
     "batch_size": (128, 128, 128),
     "max_new_tokens": (48, 128, 128),
     "micro_batch_tokens": (8192, 4096, 4096),
 }
-MARKERS = {True: ("<bot>", "<latent>", "<eot>"), False: ("<|start-latent|>", "<|latent|>", "<|end-latent|>")}  # tiny?
-CURRICULUM = ("coconut", "no_thoughts", "pause")  # modes that replace one step after the other
+TINY_MARKERS = "<bot>", "<latent>", "<eot>"  # of models/; a <latent> is a thought's place
+MARKERS = "<|start-latent|>", "<|latent|>", "<|end-latent|>"  # added to others
+MARKED = "coconut", "pause", "no_curriculum"  # modes with markers
+CURRICULUM = "coconut", "no_thoughts", "pause"  # modes that go from stage to stage
 GATE_STEPS = 20  # a stage is learnt when the mean of so many steps reaches --gate
 
 
-# ------------------------------------------------------------------------------------------------- algorithm
-
-
-def stage_plan(
-    mode: str, stage: int, num_steps: int, c: int, max_stage: int, pad: bool = True, prompting: bool = False
-) -> tuple[int, int]:
-    """(steps left out, thoughts put in) of a problem with num_steps steps in a stage (eq. 2).
-
-    Stage max_stage + 1 leaves out all steps, without further thoughts. A problem with fewer steps gets as many thoughts
-    as the others; without `pad` only as many as it has steps: in the last stage, and when prompting in all of them.
-    Source: arXiv:2412.06769 sec. 3 and its code, which trains unpadded stages on other counts than it evaluates.
-
-    >>> [stage_plan("coconut", stage, 5, 2, 3) for stage in range(5)]
-    [(0, 0), (1, 2), (2, 4), (3, 6), (5, 6)]
-    """
-    if mode in ("cot", "no_cot"):
-        return (0 if mode == "cot" else num_steps), 0
-    steps = min(stage, max_stage)
-    if not pad and (prompting or stage > max_stage):
-        steps = min(steps, num_steps)
-    return (stage if stage <= max_stage else num_steps), (0 if mode == "no_thoughts" else c * steps)
-
-
-def layout(
-    question: list[int], steps: list[list[int]], answer: list[int], markers: tuple | None, skipped: int, thoughts: int
-) -> tuple[list[int], list[int]]:
-    """A row of stage `skipped` as (ids, mask): what stands behind the question and <eot> is learnt (eq. 2).
-
-    markers are the ids of <bot>, a thought's place, and <eot>, None for the modes without thoughts.
-
-    >>> layout([5], [[6], [7]], [8], (1, 2, 3), 1, 2)
-    ([5, 1, 2, 2, 3, 7, 8], [0, 0, 0, 0, 0, 1, 1])
-    """
-    given = question + ([markers[0], *[markers[1]] * thoughts, markers[2]] if markers else [])
-    learnt = [i for step in steps[skipped:] for i in step] + answer
-    return given + learnt, [0] * len(given) + [1] * len(learnt)
+# -------------------------------------------- thinking in hidden states
 
 
 class GradCache:
-    """Keys and values like Cache's, row by row behind `lengths`, but nothing is written in place: gradients flow."""
+    """As the machine's Cache, but never overwritten: gradients need every state of it."""
 
-    def __init__(self, model: "Model", rows: int, width: int):
-        weight, c = model.lm_head.weight, model.config
-        shape, dtype = (rows, c["num_key_value_heads"], width, model.head_dim), model.compute_dtype or weight.dtype
-        self.keys, self.values = ([weight.new_zeros(shape, dtype=dtype)] * c["num_hidden_layers"] for _ in range(2))
-        self.lengths, self.width = torch.zeros(rows, dtype=torch.long, device=weight.device), width
+    def __init__(self, model, rows, width):
+        c, weight = model.config, model.lm_head.weight
+        shape = rows, c["num_key_value_heads"], width, c["head_dim"]
+        empty = weight.new_zeros(shape, dtype=model.compute_dtype)  # (B, K, S, D)
+        self.keys = [empty] * c["num_hidden_layers"]
+        self.values = [empty] * c["num_hidden_layers"]
+        self.lengths = weight.new_zeros(rows, dtype=torch.long)  # read so far, a row
+        self.width = width  # what attention sees, S
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v (B, K, T, D) put behind each row's length; this layer's keys and values, (B, K, width, D)."""
+    def append(self, layer, k, v):
+        """Write k, v (B, K, T, D); returns all of the layer, (B, K, S, D)."""
         slots = self.lengths[:, None] + torch.arange(k.shape[2], device=k.device)  # (B, T)
         slots = slots[:, None, :, None].expand_as(k)
         self.keys[layer] = self.keys[layer].scatter(2, slots, k)
@@ -184,801 +154,685 @@ class GradCache:
         return self.keys[layer], self.values[layer]
 
 
-def thinking(forward: Callable) -> Callable:
-    """Model.forward for ids with places for thoughts: each is filled with the hidden state before it (eq. 1).
+def think(self: "Model", inputs: Tensor, cache=None) -> Tensor:
+    """Model.forward of this script (set at its end): hidden states (B, T, C) by eq. 1.
 
-    The places of a row stand side by side behind <bot>; rows may have different numbers of them, at different
-    positions, or none. n of them, the most of any row, take n + 1 passes. Put in place at the end of this file, so that
-    training, sampling and evaluation all think. Source: arXiv:2412.06769 sec. 3.
+    A row has its places for thoughts side by side, other rows elsewhere, fewer, or none.
+    n thoughts, the most of any row, take n + 1 passes: up to <bot>, then n - 1 of a
+    position, then the rest. one_pass is the machine's forward. Source: sec. 3.
     """
+    place = self.config.get("latent_token_id")
+    embedded = inputs.is_floating_point()
+    drawn = inputs.shape[1] == 1  # a new token: to look would wait for a GPU
+    if place is None or embedded or drawn or not (inputs == place).any():
+        return one_pass(self, inputs, cache)
+    (B, T), device = inputs.shape, inputs.device
+    rows, columns = torch.arange(B, device=device), torch.arange(T, device=device)
+    places = inputs == place  # (B, T)
+    counts = places.sum(1)  # (B,) thoughts
+    first = places.int().argmax(1)  # (B,) column of the first
+    first = first.where(counts > 0, first.max())  # without: read as far as others
+    n, prefix = int(counts.max()), int(first.max())
+    inputs = self.model.embed_tokens(inputs)  # (B, T, C)
+    if cache is None:
+        cache = GradCache(self, B, T)
 
-    def think(self: "Model", inputs: Tensor, positions=None, cache=None, mask=None) -> Tensor:
-        latent = self.config.get("latent_token_id")  # the checkpoint says which id is a thought's place
-        if latent is None or inputs.shape[1] == 1 or inputs.is_floating_point() or not (inputs == latent).any():
-            return forward(self, inputs, positions, cache, mask)
-        (B, T), places, column = inputs.shape, inputs == latent, torch.arange(inputs.shape[1], device=inputs.device)
-        counts = places.sum(1)  # (B,)
-        first = places.int().argmax(1)  # (B,)
-        first = first.where(counts > 0, first.max())  # a row without thoughts reads as far as the others
-        n, P = int(counts.max()), int(first.max())
-        cache = GradCache(self, B, T) if cache is None else cache
+    states = [one_pass(self, inputs[:, :prefix], cache)]  # up to <bot>
+    cache.lengths.copy_(first)  # rows with an earlier <bot> forget the rest
+    thoughts = [states[0][rows, first - 1]]  # (B, C), the states at <bot>
+    for i in range(1, n):  # the state at thought i is the next one
+        states.append(one_pass(self, thoughts[-1][:, None], cache))  # (B, 1, C)
+        cache.lengths -= (i > counts).long()  # rows without thought i forget it
+        thoughts.append(states[-1][:, 0])
 
-        states = [forward(self, inputs[:, :P], None, cache)]  # pass 1: up to <bot>, (B, P, C)
-        cache.lengths.copy_(first)  # a row whose <bot> stands earlier forgets what was read behind it
-        thoughts = [states[0][torch.arange(B, device=inputs.device), first - 1]]  # (B, C): the state at <bot>
-        for i in range(1, n):  # passes 2 to n: one position each, its state is the next thought
-            states.append(forward(self, thoughts[-1][:, None], None, cache))  # (B, 1, C)
-            cache.lengths -= (i > counts).long()  # a row without this thought forgets it
-            thoughts.append(states[-1][:, 0])
-
-        number = column - first[:, None]  # (B, T): 0 at the first place of a row
-        size = thoughts[0].shape[-1]
-        filled = torch.stack(thoughts, 1).gather(1, number.clamp(0, n - 1)[..., None].expand(-1, -1, size))
-        inputs = torch.where(places[..., None], filled, self.model["embed_tokens"](inputs).to(filled.dtype))
-        start = int((first + counts.clamp(max=n - 1)).min())  # every row has got this far
-        cache.lengths.fill_(start)
-        last = forward(self, inputs[:, start:], None, cache)  # pass n + 1: all that is left, (B, T - start, C)
-        before = torch.where(number < 0, column, P + number)[:, :start, None].expand(-1, -1, size)
-        return torch.cat([torch.cat(states, 1).gather(1, before), last], 1)
-
-    return think
+    number = columns - first[:, None]  # (B, T): 0 at the first place
+    filled = torch.stack(thoughts, 1)[rows[:, None], number.clamp(0, n - 1)]
+    inputs = torch.where(places[..., None], filled, inputs)  # eq. 1
+    # The last pass begins where the slowest row stands; others read some columns twice.
+    start = int((first + counts.clamp(max=n - 1)).min())
+    cache.lengths.fill_(start)
+    rest = one_pass(self, inputs[:, start:], cache)  # (B, T - start, C)
+    held = torch.where(number < 0, columns, prefix + number)  # where states has them
+    known = torch.cat(states, 1)[rows[:, None], held[:, :start]]
+    return torch.cat([known, rest], 1)
 
 
-def next_stage(stage: int, recent: list[float], steps_in_stage: int, gate: float, stage_steps: int) -> int:
-    """The stage of the next step: one more when this one is learnt (`recent` shares of right rows) or has had its time.
+# ------------------------------------------------------- the curriculum
 
-    >>> next_stage(1, [0.98] * 20, 30, 0.97, 900), next_stage(1, [0.5] * 20, 900, 0.97, 900), next_stage(1, [], 9, 0, 0)
-    (2, 2, 1)
+
+def stage_plan(
+    mode: str, stage: int, num_steps: int, c: int, max_stage: int, pad=True, prompting=False
+) -> tuple[int, int]:
+    """(steps left out, thoughts put in) of a problem with num_steps steps (eq. 2).
+
+    Stage max_stage + 1 leaves out all steps, without further thoughts. Without `pad` a short
+    problem gets fewer thoughts in the last stage, and in all prompts: as the paper's code.
+
+    >>> [stage_plan("coconut", stage, 5, 2, 3) for stage in range(5)]
+    [(0, 0), (1, 2), (2, 4), (3, 6), (5, 6)]
     """
-    learnt = gate and len(recent) == GATE_STEPS and sum(recent) / GATE_STEPS >= gate
-    return stage + bool(learnt or (stage_steps and steps_in_stage >= stage_steps))
+    if mode == "cot":
+        return 0, 0
+    if mode == "no_cot":
+        return num_steps, 0
+    skipped = stage if stage <= max_stage else num_steps
+    replaced = min(stage, max_stage)
+    if not pad and (prompting or stage > max_stage):
+        replaced = min(replaced, num_steps)
+    return skipped, 0 if mode == "no_thoughts" else c * replaced
 
 
-@torch.no_grad()
-def probe(model: "Model", prompter: "ThoughtPrompter", problems: list[dict]) -> Tensor:
-    """What the thoughts encode, (2, thoughts, steps): mean probability of each step's result when a thought is put
-    through the head and decoded among all results, and share of problems where that result comes first.
+def layout(
+    question: list, steps: list, answer: list, markers: tuple | None, skipped: int, thoughts: int
+) -> tuple[list, list]:
+    """A row of eq. 2, (ids, mask): learnt is what follows the question and <eot>.
 
-    Needs problems of equally many steps "...=result", a result of one token. Source: arXiv:2412.06769 sec. 5.
+    >>> layout([5], [[6], [7]], [8], (1, 2, 3), 1, 2)
+    ([5, 1, 2, 2, 3, 7, 8], [0, 0, 0, 0, 0, 1, 1])
     """
-    results = [[prompter.encode(step.rpartition("=")[2])[0] for step in prompter.task.steps(p)] for p in problems]
-    choices = sorted({i for row in results for i in row})
-    tokens = pad_rows([prompter.encode(prompter.text(p)) for p in problems], model.lm_head.weight.device, torch.long)
-    rows, before = (tokens[:, 1:] == model.config["latent_token_id"]).nonzero(as_tuple=True)  # a thought is the state
-    probs = model.logits(model(tokens)[rows, before])[:, choices].softmax(-1)  # before its place
-    probs = probs.view(len(problems), -1, len(choices))  # (B, thoughts, results)
-    truth = torch.tensor([[choices.index(i) for i in row] for row in results], device=tokens.device)  # (B, steps)
-    first, truth = (F.one_hot(i, len(choices)).float() for i in (probs.argmax(-1), truth))
-    return torch.stack([torch.einsum("bnr,bsr->ns", part, truth) / len(problems) for part in (probs, first)])
+    given = list(question)
+    if markers:
+        bot, place, eot = markers
+        given += [bot] + [place] * thoughts + [eot]
+    learnt = sum(steps[skipped:], []) + answer
+    return given + learnt, [0] * len(given) + [1] * len(learnt)
 
 
-# ------------------------------------------------------------------------------------------------- training
+class ThoughtPrompter:
+    """Prompts and rows of a stage (eq. 2), in place of the machine's Prompter."""
+
+    def __init__(self, model, task, cfg):
+        plain = Prompter(model, task, chat=False)
+        self.encode = lru_cache(2**16)(plain.encode)  # a few equations, over and over
+        self.decode, self.stops = plain.decode, ()
+        self.task, self.cfg = task, cfg
+        self.stage = cfg.max_stage + 1 if cfg.mode in ("no_cot", "no_curriculum") else 0
+        self.ask = task.question
+        if model.is_tiny and hasattr(task, "compact"):
+            self.ask = task.compact
+        self.names = TINY_MARKERS if model.is_tiny else MARKERS
+        self.markers = tuple(plain.tokenizer.token_to_id(name) for name in self.names)
+        self.end = model.eos_ids[:1]
+        task.describe = self.describe  # for evaluations
+
+    def plan(self, problem, stage, prompting=False):
+        cfg, num_steps = self.cfg, len(self.task.steps(problem))
+        limits = cfg.c, cfg.max_stage, cfg.pad_latent_to_max
+        return stage_plan(cfg.mode, stage, num_steps, *limits, prompting)
+
+    def text(self, problem):
+        """The prompt in the present stage."""
+        text = self.ask(problem) + "\n"
+        if self.cfg.mode in MARKED:
+            _, thoughts = self.plan(problem, self.stage, prompting=True)
+            bot, place, eot = self.names
+            text += bot + place * thoughts + eot
+        return text
+
+    def row(self, problem, stage):
+        """What is learnt of a problem in a stage, (ids, mask)."""
+        question = self.encode(self.ask(problem) + "\n")
+        steps = [self.encode(step + "\n") for step in self.task.steps(problem)]
+        answer = self.task.MARKER + self.task.answer(problem)  # "### ", or nothing
+        markers = self.markers if self.cfg.mode in MARKED else None
+        plan = self.plan(problem, stage)
+        return layout(question, steps, self.encode(answer) + self.end, markers, *plan)
+
+    def describe(self, text, problem):
+        """What evaluations log besides; a pause is no thought."""
+        _, thoughts = self.plan(problem, self.stage, prompting=True)
+        if self.cfg.mode == "pause":
+            thoughts = 0
+        return {"stage": self.stage, "thoughts": thoughts}
 
 
-def scratch_model(cfg: Config) -> "Model":
-    """A new tiny Llama with the tokenizer of models/tiny. Embeddings and hidden states start equally large, so that a
-    thought looks like a token.
+def log_tokens(self: "Run", step: int, metrics: dict, show=()) -> None:
+    """Run.log of this script: as in the paper, thoughts count as generated tokens."""
+    if "eval/thoughts" in metrics:
+        ends = 1 - metrics["eval/clipped_ratio"]  # end tokens do not
+        tokens = metrics["eval/thoughts"] + metrics["eval/completion_length"] - ends
+        metrics["eval/generated_tokens"] = tokens
+    plain_log(self, step, metrics, show)
+
+
+def next_stage(
+    stage: int, recent: list[float], steps_in_stage: int, gate: float, stage_steps: int
+) -> int:
+    """One on, if this is learnt (`recent` shares of rows right) or has had its time.
+
+    >>> next_stage(1, [0.98] * 20, steps_in_stage=30, gate=0.97, stage_steps=900)
+    2
     """
-    folder, size = Path(__file__).parent / "models" / "tiny", cfg.hidden_size
-    config = read_json(folder / "config.json") | {"hidden_size": size, "num_hidden_layers": cfg.num_layers}
-    config |= {"intermediate_size": 2 * size, "num_attention_heads": size // 16, "num_key_value_heads": size // 16}
-    model = Model(config | {"head_dim": 16, "tie_word_embeddings": False})
+    enough = gate > 0 and len(recent) == GATE_STEPS
+    learnt = enough and sum(recent) / GATE_STEPS >= gate
+    timed_out = stage_steps > 0 and steps_in_stage >= stage_steps
+    return stage + 1 if learnt or timed_out else stage
+
+
+# ------------------------------------------------------------- training
+
+
+def make_scratch(cfg: Config, folder: Path) -> None:
+    """Write a new Llama, with the tokenizer of models/tiny, into `folder`."""
+    tiny = resolve_model("tiny")
+    size, heads = cfg.hidden_size, cfg.hidden_size // 16
+    config = read_json(tiny / "config.json") | {
+        "hidden_size": size,
+        "intermediate_size": 2 * size,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": 16,
+        "tie_word_embeddings": False,
+    }
+    model = Model(config)
     torch.manual_seed(cfg.seed)
     for name, weight in model.named_parameters():
-        if weight.ndim == 2:
+        if weight.ndim == 2:  # embeddings as large as states: thoughts look like tokens
             nn.init.normal_(weight, std=1.0 if "embed" in name else size**-0.5)
-    model.lm_head.weight.data = model.model["embed_tokens"].weight.detach() * size**-0.5
-    model.folder, model.is_tiny = folder, True
-    return model
+    head = model.model.embed_tokens.weight.detach() * size**-0.5  # logits of size 1
+    model.lm_head.weight.data = head
+    model.folder = tiny
+    save_model(model, folder)
 
 
-def prepare(cfg: Config, folder: Path) -> None:
-    """Write the model to start from into `folder`: with tokens for <bot>, a thought's place and <eot>, new ones with
-    the weights of "<<" (as the paper's code), and a config.json that says which of them is the place.
-    """
-    model = scratch_model(cfg) if cfg.model == "scratch" else load_model(resolve_model(cfg.model))
-    tokenizer, names = load_tokenizer(model.folder), MARKERS[model.is_tiny]
-    missing = [name for name in names if tokenizer.token_to_id(name) is None]
-    like = tokenizer.encode("<<", add_special_tokens=False).ids[0]
+def add_markers(source: Path, folder: Path, mode: str) -> None:
+    """Copy a model into `folder`, with markers; new ones start like "<<" (paper's code)."""
+    model = load_model(source)
+    tokenizer, names = model.tokenizer, TINY_MARKERS if model.is_tiny else MARKERS
+    with reading(f"{source}: tokenizer"):
+        missing = [name for name in names if tokenizer.token_to_id(name) is None]
+        like = tokenizer.encode("<<", add_special_tokens=False).ids[0]
     tokenizer.add_special_tokens(missing)
-    rows = dict(enumerate(range(model.config["vocab_size"]))) | {tokenizer.token_to_id(name): like for name in missing}
-    for module in (model.model["embed_tokens"], model.lm_head):  # if tied, save_model writes the first
-        module.weight = nn.Parameter(module.weight.detach()[[rows[i] for i in range(len(rows))]])
-    place = tokenizer.token_to_id(names[1]) if cfg.mode in ("coconut", "no_curriculum") else None
-    model.config |= {"vocab_size": len(rows), "latent_token_id": place}
+    new = [tokenizer.token_to_id(name) for name in missing]
+    size = max([model.config["vocab_size"]] + [i + 1 for i in new])  # spare rows first
+    rows = [like if i in new else i for i in range(size)]
+    for table in (model.model.embed_tokens, model.lm_head):  # if tied, the first is saved
+        table.weight = nn.Parameter(table.weight.detach()[rows])
+    model.config |= {"vocab_size": size, "latent_token_id": None}
+    if mode in ("coconut", "no_curriculum"):  # else no place, or a pause: a token like others
+        model.config["latent_token_id"] = tokenizer.token_to_id(names[1])
     save_model(model, folder)
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def check_flags(cfg: Config) -> None:
-    """Refuse flags that contradict each other."""
-    sizes = (cfg.num_layers, cfg.hidden_size) == (Config.num_layers, Config.hidden_size)
-    need(sizes or cfg.model == "scratch", f"--num_layers and --hidden_size are for scratch, not {cfg.model}")
-    need(cfg.hidden_size % 16 == 0, f"--hidden_size {cfg.hidden_size} is no multiple of 16, the size of a head")
-    need(cfg.gate <= 1 and cfg.uniform_prob <= 1, f"--gate {cfg.gate}, --uniform_prob {cfg.uniform_prob}: at most 1")
-    staged = "gate stage_steps epochs_per_stage uniform_prob reset_optimizer".split()
-    useless = {"cot": [*staged, "c", "max_stage"], "no_cot": [*staged, "c", "max_stage"], "no_thoughts": ["c"]}
-    for name in useless.get(cfg.mode, staged if cfg.mode == "no_curriculum" else []):
-        given = getattr(cfg, name)
-        same = cfg.resume or given == getattr(Config, name)  # a run that goes on has what was chosen for it
-        need(same, f"--{name} {given} does nothing with --mode {cfg.mode}; leave it out")
-    need(cfg.data or not cfg.epochs_per_stage, f"--epochs_per_stage {cfg.epochs_per_stage} needs --data")
+    """Refuse what would not work as meant."""
+    sizes = cfg.num_layers, cfg.hidden_size
+    if sizes != (Config.num_layers, Config.hidden_size) and cfg.model != "scratch":
+        raise BadInput(f"--num_layers and --hidden_size are not for --model {cfg.model}")
+    if max(cfg.gate, cfg.uniform_prob) > 1:
+        raise BadInput(f"--gate {cfg.gate}, --uniform_prob {cfg.uniform_prob}: at most 1")
+    if cfg.epochs_per_stage and not cfg.data:
+        raise BadInput("--epochs_per_stage needs --data")
+    staged = ["gate", "stage_steps", "epochs_per_stage", "uniform_prob"]
+    useless = {"cot": ["c", "max_stage", *staged], "no_thoughts": ["c"]}
+    useless |= {"no_cot": useless["cot"], "no_curriculum": staged}
+    for name in useless.get(cfg.mode, []):
+        if getattr(cfg, name) != getattr(Config, name) and not cfg.resume:
+            raise BadInput(f"--{name} does nothing with --mode {cfg.mode}")
+
+
+def set_by_task(cfg: Config):
+    """The task; fills in what its numbers of steps and problems say."""
+    if cfg.data and cfg.task == Config.task:
+        cfg.task = "chains"
+    task = make_task(cfg.task, cfg.data)
+    if not hasattr(task, "steps"):
+        raise BadInput(f"--task {cfg.task} has no steps: affine, s3, prosqa, or --data")
+    if not cfg.max_stage:
+        problems = [task.problem("train", cfg.seed, i) for i in range(100)]
+        cfg.max_stage = min(6, max(len(task.steps(problem)) for problem in problems))
+    if cfg.epochs_per_stage:
+        num_rows = cfg.epochs_per_stage * len(task.streams["train"])
+        cfg.stage_steps = math.ceil(num_rows / cfg.batch_size)
+    return task
+
+
+def update_stage(run: "Run", model: "Model", optimizer: AdamW, rows: list) -> dict:
+    """One step down eq. 3, on rows (ids, mask)."""
+    cfg = run.cfg
+    num_tokens = sum(sum(mask) for _, mask in rows)  # N of eq. 3
+    mine = rows[run.rank :: run.world]
+    loss = entropy = right = 0.0
+    for batch in micro_batches([len(ids) for ids, _ in mine], cfg.micro_batch_tokens):
+        tokens = pad_rows([mine[i][0] for i in batch], run.device, torch.long)  # (B, T)
+        mask = pad_rows([mine[i][1] for i in batch], run.device, torch.bool)
+        logprobs, entropies = completion_logprobs(model, tokens, mask)  # (B, T-1)
+        part = -logprobs.sum() / num_tokens  # eq. 3
+        part.backward()
+        loss += part.item()
+        entropy += entropies.sum().item() / num_tokens
+        likeliest = logprobs > math.log(0.5)  # so greedy decoding writes it
+        right += likeliest.all(1).sum().item() / len(rows)
+    norm = run.update(model, optimizer, cfg.lr)
+    return {
+        "loss": sum(run.gather(loss)),
+        "entropy": sum(run.gather(entropy)),
+        "rows_right": sum(run.gather(right)),
+        "grad_norm": norm,
+        "lr": cfg.lr,
+        "tokens": num_tokens,
+    }
+
+
+def start_run(cfg: Config, folder: Path) -> tuple["Run", "Model", "Model"]:
+    """The run, the model to train, the one to sample from, made in `folder`."""
+    name = cfg.model
+    if name == "scratch":
+        make_scratch(cfg, folder / "new")  # on each rank the same
+        cfg.model = str(folder / "new")
+    run = Run(cfg)
+    if run.rank == 0:
+        add_markers(resolve_model(cfg.model), folder / "marked", cfg.mode)
+    cfg.model = run.gather(str(folder / "marked"))[0]  # once it is there
+    model, sampler = run.load(BY_SIZE)
+    model.checkpointing = False  # what is recomputed would enter the cache twice
+    cfg.model = name  # as given, for run.json
+    return run, model, sampler
 
 
 def train(cfg: Config) -> int:
-    """Algorithm: for each step, write a batch of the stage, count its learnt tokens N, descend eq. 3, look whether the
-    stage is learnt.
-    """
-    run = Run(cfg)
+    """Repeat: write rows of the stage, descend eq. 3, go on once it is learnt."""
     check_flags(cfg)
-    cfg.task = "chains" if cfg.data and cfg.task == Config.task else cfg.task
-    task = make_task(cfg.task, cfg.data)
-    need(hasattr(task, "steps"), f"--task {cfg.task} has no steps to replace: take affine, s3, prosqa, or give --data")
     temporary = tempfile.TemporaryDirectory()
-    model, sampler = run.load(run.on_rank_0(lambda: prepare(cfg, Path(temporary.name)) or temporary.name))
-    chosen = run.choose(model, BY_SIZE)
-    if not cfg.max_stage:
-        counts = [len(task.steps(task.problem("train", cfg.seed, i))) for i in range(100)]
-        cfg.max_stage = chosen["max_stage"] = min(6, max(counts))
-    if cfg.epochs_per_stage:
-        count = cfg.epochs_per_stage * len(task.streams["train"])
-        cfg.stage_steps = chosen["stage_steps"] = math.ceil(count / cfg.batch_size)
-    prompter = ThoughtPrompter(model, task, cfg)
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    run.open(model, prompter, chosen, f"{cfg.batch_size} sequences per step, mode {cfg.mode}")
-    last = cfg.max_stage + 1
-    state = {"step": 0, "stage": last if cfg.mode in ("no_cot", "no_curriculum") else 0, "since": 0, "recent": []}
-    if cfg.resume:
-        state = {name: value for name, value in run.resume(model, optimizer).items() if name in state}
+    run, model, sampler = start_run(cfg, Path(temporary.name))
+    task = set_by_task(cfg)
+    prompter, last = ThoughtPrompter(model, task, cfg), cfg.max_stage + 1
+    decay = cfg.weight_decay
+    optimizer = AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=decay, fused=True)
+    state = {"stage": prompter.stage, "since": 0, "recent": []}
+    state |= run.start(model, optimizer, prompter)
+    stage, since, recent = state["stage"], state["since"], state["recent"]
+    prompter.stage = stage
     run.refresh(sampler, model)
-    prompter.stage, start = state["stage"], state.pop("step")
-    run.say(f"row    {escaped(prompter.decode(prompter.row(task.problem('train', cfg.seed, 0), 1)[0]))}")
 
-    for step in range(start + 1, cfg.steps + 1):
-        began, mixed, stage = time.time(), Random(f"mix {cfg.seed} {step}"), state["stage"]
-        if cfg.mode in CURRICULUM and mixed.random() < cfg.uniform_prob:  # the same on every rank
-            stage = mixed.randint(0, last)
-        problems = [task.problem("train", cfg.seed, (step - 1) * cfg.batch_size + i) for i in range(cfg.batch_size)]
-        rows = [prompter.row(problem, stage) for problem in problems]
-        num_tokens = sum(sum(mask) for _, mask in rows)  # N of eq. 3, the same on every rank
-        rows = sorted(rows, key=lambda row: -len(row[0]))[run.rank :: run.world]
-        loss = entropy = right = 0.0
-        for batch in micro_batches([len(ids) for ids, _ in rows], cfg.micro_batch_tokens):
-            tokens = pad_rows([rows[i][0] for i in batch], run.device, torch.long)  # (B, T)
-            mask = pad_rows([rows[i][1] for i in batch], run.device, torch.bool)  # (B, T)
-            logprobs, entropies = completion_logprobs(model, tokens, mask)  # (B, T-1), through `thinking`
-            part = -logprobs.sum() / num_tokens  # eq. 3
-            part.backward()
-            loss, entropy = loss + part.item(), entropy + entropies.sum().item() / num_tokens
-            right += (logprobs > math.log(0.5)).all(1).sum().item()  # likelier than all else: greedy decoding writes it
-        norm = run.update(model, optimizer, cfg.lr)
+    for step in range(state["step"] + 1, cfg.steps + 1):
+        began, drawn = time.time(), stage
+        rng = Random(f"mix {cfg.seed} {step}")  # the same on every rank
+        if cfg.mode in CURRICULUM and rng.random() < cfg.uniform_prob:
+            drawn = rng.randint(0, last)
+        numbers = range((step - 1) * cfg.batch_size, step * cfg.batch_size)
+        rows = [prompter.row(task.problem("train", cfg.seed, i), drawn) for i in numbers]
+        metrics = update_stage(run, model, optimizer, rows)
         run.refresh(sampler, model)
+        metrics["stage"] = drawn
+        metrics["tokens_per_s"] = metrics["tokens"] / (time.time() - began)
+        run.log(step, metrics, ("loss", "rows_right", "stage", "tokens_per_s"))
+        if step % 100 == 1 and cfg.eval_problems:
+            two = list(enumerate(heldout(task, min(2, cfg.eval_problems))))
+            done = rollout(run, sampler, prompter, two, 1, cfg.max_new_tokens, 0)
+            run.keep_samples(step, prompter, done, [0.0] * len(done))
 
-        sums = (loss, entropy, right / cfg.batch_size)
-        loss, entropy, right = (sum(column) for column in zip(*run.gather(sums), strict=True))
-        metrics = {"loss": loss, "entropy": entropy, "rows_right": right, "grad_norm": norm, "lr": cfg.lr}
-        metrics |= {"stage": stage, "tokens": num_tokens, "tokens_per_s": num_tokens / (time.time() - began)}
-        run.log(step, metrics, show=("loss", "rows_right", "stage", "tokens_per_s"))
-        if stage == state["stage"]:
-            state["recent"] = [*state["recent"], right][-GATE_STEPS:]
-        if step % 100 == 1:
-            keep_samples(run, sampler, prompter, step)
-        if cfg.mode in CURRICULUM and state["stage"] < last:
-            following = next_stage(state["stage"], state["recent"], step - state["since"], cfg.gate, cfg.stage_steps)
-            if following > state["stage"]:
-                evaluate(run, sampler, prompter, step)  # with the thoughts of the stage that ends
-                state, prompter.stage = {"stage": following, "since": step, "recent": []}, following
-                if cfg.reset_optimizer:
-                    optimizer.state.clear()
-        if run.after_step(step, model, optimizer, **state):
-            return run.interrupted(step)
+        if drawn == stage:
+            recent = [*recent, metrics["rows_right"]][-GATE_STEPS:]
+        if cfg.mode in CURRICULUM and stage < last:
+            following = next_stage(stage, recent, step - since, cfg.gate, cfg.stage_steps)
+            if following > stage:
+                run.say(f"stage {stage} of {last} ends")
+                evaluate(run, sampler, prompter, step)  # with the thoughts of this stage
+                stage, since, recent = following, step, []
+                prompter.stage = stage
+        if run.after_step(step, model, optimizer, stage=stage, since=since, recent=recent):
+            break  # Ctrl-C
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
             evaluate(run, sampler, prompter, step)
-    code = run.finish(sampler, prompter)
-    summary(run, sampler, prompter)
-    return code
+    return run.report(sampler, prompter)
 
 
-def keep_samples(run: "Run", model: "Model", prompter: "ThoughtPrompter", step: int) -> None:
-    """Log the answers to the first two held-out problems, and say one."""
-    if run.rank == 0 and run.cfg.eval_problems:
-        two = enumerate(heldout(prompter.task, min(2, run.cfg.eval_problems)))
-        done = rollout(model, prompter, [*two], 1, run.cfg.max_new_tokens, (run.cfg.seed, 0), run.cfg.temperature)
-        run.keep_samples(step, prompter, done, [0.0] * len(done))
-        run.say(prompter.line(done[0]))
+# ---- below: the machine, the same text in every script (tests/test_shared_blocks.py)
 
 
-def summary(run: "Run", model: "Model", prompter: "ThoughtPrompter") -> None:
-    """Print what each stage reached and what the thoughts of the last one encode."""
-    if run.rank or run.cfg.check or not run.cfg.eval_problems:
-        return
-    for line in map(json.loads, run.metrics.read_text(encoding="utf-8").splitlines()):
-        if "eval/stage" in line and line["step"]:
-            names = "stage", "thoughts", "accuracy", "generated_tokens"
-            run.say(f"step {line['step']}: " + ", ".join(f"{name} {line['eval/' + name]:.3g}" for name in names))
-    if model.config["latent_token_id"] is not None and prompter.stage and not prompter.task.MARKER:
-        run.say("thought decoded: probability of the result of step 1, 2, .. (share where it comes first)")
-        probs, first = probe(model, prompter, heldout(prompter.task, run.cfg.eval_problems)).tolist()
-        for i, row in enumerate(zip(probs, first, strict=True), 1):
-            run.say(f"thought {i}  " + "  ".join(f"{p:.3f} ({share:.3f})" for p, share in zip(*row, strict=True)))
-
-
-# ------------------------------------------- below: the machine, the same text in every script that has it
-
-
-# >>> shared: layers (same text in every script that has it; see tests/test_shared_blocks.py)
-class Product(torch.autograd.Function):
-    """x (..., K) times weight (N, K), by oneDNN: in float32 on a CPU F.linear takes MKL, which is slower."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        to_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
-        return to_x, grad.flatten(0, -2).t() @ x.flatten(0, -2)
-
-
+# >>> shared: layers
 class Linear(nn.Linear):
-    """nn.Linear in the dtype of its input: float32 weights for the optimizer, bfloat16 products on a GPU."""
+    """In the input's dtype: float32 weights for Adam, bfloat16 products on a GPU."""
 
-    packed: Tensor | None = None  # the weight in oneDNN's layout, see `packed`
-
-    def by_onednn(self, dtype: torch.dtype) -> bool:
-        large, on_cpu = self.weight.numel() >= 2**16, self.weight.device.type == "cpu"
-        return large and on_cpu and dtype == self.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+    def forward(self, x):
+        weight = self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.by_onednn(x.dtype):
-            out = Product.apply(x, self.weight)
-            return out if bias is None else out + bias
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        sampling = x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled()
+        if sampling and weight.numel() >= 2**16 and torch.backends.mkldnn.is_available():
+            # up to 3 times as fast as F.linear
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return F.linear(x, weight, bias)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 # <<< shared: layers
 
 
-# >>> shared: model (same text in every script that has it; see tests/test_shared_blocks.py)
-QKV_BIAS = {"llama": False, "qwen2": True, "qwen3": False}  # the model types that this decoder reads
-QWEN = "Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-3B Qwen2.5-7B Qwen3-0.6B-Base Qwen3-1.7B-Base".split()
-SMOL = "SmolLM2-135M-Instruct SmolLM2-360M-Instruct SmolLM2-1.7B-Instruct".split()
-SHORT_NAMES = {name: f"Qwen/{name}" for name in QWEN} | {name: f"HuggingFaceTB/{name}" for name in SMOL}
-
-
+# >>> shared: model
 class Cache:
-    """Keys and values of up to `capacity` positions for each of `rows` rows, allocated once, written in place.
+    """Keys and values, written after each row's length and seen up to it."""
 
-    `lengths` (rows,) counts the positions in use, row by row: what is appended lands behind them and what lies
-    behind them is never seen, so lowering a length cuts that row. `width` bounds what attention reads.
-    """
+    def __init__(self, model, rows, capacity):
+        c, weight = model.config, model.lm_head.weight
+        shape = rows, c["num_key_value_heads"], capacity, c["head_dim"]
+        zeros = weight.new_zeros(shape, dtype=model.compute_dtype)
+        self.keys = [zeros.clone() for _ in model.model.layers]
+        self.values = [zeros.clone() for _ in model.model.layers]
+        self.lengths = weight.new_zeros(rows, dtype=torch.long)
+        self.width = capacity  # what attention reads
 
-    def __init__(self, model: "Model", rows: int, capacity: int):
-        weight, c = model.lm_head.weight, model.config
-        shape = (c["num_hidden_layers"], rows, c["num_key_value_heads"], capacity, model.head_dim)
-        self.keys = torch.zeros(shape, device=weight.device, dtype=model.compute_dtype or weight.dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)
-        self.width = capacity
+    def append(self, layer, k, v):
+        """Write k, v (B, K, T, D); returns all of the layer, (B, K, S, D)."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        slots = self.lengths[:, None] + torch.arange(k.shape[2], device=k.device)  # (B, T)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[rows, :, slots] = k.transpose(1, 2)
+        values[rows, :, slots] = v.transpose(1, 2)
+        return keys[:, :, : self.width], values[:, :, : self.width]
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, K, T, D) behind each row's length; this layer's keys and values, (B, K, width, D)."""
-        if layer == 0:  # the same slots in every layer
-            self.rows = torch.arange(len(k), device=k.device)[:, None]
-            self.slots = self.lengths[:, None] + torch.arange(k.shape[2], device=k.device)  # (B, T)
-        self.keys[layer][self.rows, :, self.slots] = k.transpose(1, 2)
-        self.values[layer][self.rows, :, self.slots] = v.transpose(1, 2)
-        return self.keys[layer, :, :, : self.width], self.values[layer, :, :, : self.width]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order, repeats allowed; fewer rows stay in the memory that is there."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            grown = len(rows) > old.shape[1]
-            new = old.new_zeros(len(old), len(rows), *old.shape[2:]) if grown else old[:, : len(rows)]
-            for to, of in zip(new, old, strict=True):  # layer by layer: a second cache is never in memory
-                to[:, :, : self.width] = of[rows, :, : self.width]
-            setattr(self, name, new)
+    def select(self, rows):
+        """Keep these rows, in this order, repeats allowed."""
+        for held in (self.keys, self.values):
+            for i, old in enumerate(held):  # never two whole caches
+                if len(rows) > len(old):
+                    held[i] = old.new_zeros(len(rows), *old.shape[1:])
+                held[i] = held[i][: len(rows)]
+                held[i][:, :, : self.width] = old[rows, :, : self.width]
         self.lengths = self.lengths[rows]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x (B, H, T, D); cos, sin (B, 1, T, D/2). Source: arXiv:2104.09864."""
+    """Rotary embedding of x (B, H, T, D) by cos, sin (B, 1, T, D/2); arXiv:2104.09864."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-class Layer(nn.Module):
-    def __init__(self, c: dict, head_dim: int):
+class Attention(nn.Module):
+    def __init__(self, c):
         super().__init__()
-        size, inner, eps, kind = c["hidden_size"], c["intermediate_size"], c["rms_norm_eps"], c["model_type"]
-        self.heads, self.kv_heads, self.head_dim = c["num_attention_heads"], c["num_key_value_heads"], head_dim
-        widths = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
-        parts = {name: Linear(size, n * head_dim, bias=QKV_BIAS[kind]) for name, n in widths.items()}
-        parts["o_proj"] = Linear(self.heads * head_dim, size, bias=False)
-        for name in ("q_norm", "k_norm"):
-            parts[name] = RMSNorm(head_dim, eps) if kind == "qwen3" else nn.Identity()
-        self.self_attn = nn.ModuleDict(parts)
-        gates = {name: Linear(size, inner, bias=False) for name in ("gate_proj", "up_proj")}
-        self.mlp = nn.ModuleDict(gates | {"down_proj": Linear(inner, size, bias=False)})
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(size, eps), RMSNorm(size, eps)
+        C, D, eps = c["hidden_size"], c["head_dim"], c["rms_norm_eps"]
+        kind = c["model_type"]
+        self.H, self.K = c["num_attention_heads"], c["num_key_value_heads"]
+        self.q_proj = Linear(C, self.H * D, bias=kind == "qwen2")
+        self.k_proj = Linear(C, self.K * D, bias=kind == "qwen2")
+        self.v_proj = Linear(C, self.K * D, bias=kind == "qwen2")
+        self.o_proj = Linear(self.H * D, C, bias=False)
+        self.q_norm = RMSNorm(D, eps) if kind == "qwen3" else nn.Identity()
+        self.k_norm = RMSNorm(D, eps) if kind == "qwen3" else nn.Identity()
 
-    def attend(self, x: Tensor, rotary: tuple, cache: Cache | None, layer: int, mask: Tensor | None) -> Tensor:
-        """Grouped-query attention of x (B, T, C)."""
-        (B, T, _), a = x.shape, self.self_attn
-        q = rotate(a["q_norm"](a["q_proj"](x).view(B, T, self.heads, -1)).transpose(1, 2), *rotary)
-        k = rotate(a["k_norm"](a["k_proj"](x).view(B, T, self.kv_heads, -1)).transpose(1, 2), *rotary)
-        v = a["v_proj"](x).view(B, T, self.kv_heads, -1).transpose(1, 2)
+    def forward(self, x, rotary, mask, cache, layer):
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, self.H, -1)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, self.K, -1)).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, self.K, -1).transpose(1, 2)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
-        if mask is None:  # a whole batch, padded on the right: plain causal attention
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:  # heads that share a key stand as further queries of it, so that no key is ever repeated
-            q = q.reshape(B, self.kv_heads, -1, self.head_dim)  # (B, K, G*T, D)
-            mask = mask if T == 1 else mask.repeat(1, 1, self.heads // self.kv_heads, 1)  # (B, 1, G*T, S)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, self.heads, T, -1)
-        return a["o_proj"](out.transpose(1, 2).reshape(B, T, -1))
+            k, v = cache.append(layer, k, v)  # (B, K, S, D)
+        causal = mask is None  # whole rows, padded on the right
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+        return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))
 
-    def forward(self, x: Tensor, *context) -> Tensor:
-        x = x + self.attend(self.input_layernorm(x), *context)
-        h = self.post_attention_layernorm(x)
-        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](h)) * self.mlp["up_proj"](h))
+
+class MLP(nn.Module):
+    def __init__(self, size, inner):
+        super().__init__()
+        self.gate_proj = Linear(size, inner, bias=False)
+        self.up_proj = Linear(size, inner, bias=False)
+        self.down_proj = Linear(inner, size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        size, eps = c["hidden_size"], c["rms_norm_eps"]
+        self.input_layernorm = RMSNorm(size, eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.mlp = MLP(size, c["intermediate_size"])
+
+    def forward(self, x, *context):
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Model(nn.Module):
-    """The decoder of Llama, Qwen2, Qwen3 and SmolLM2, with Hugging Face's names for modules and settings.
-
-    hidden = model(tokens (B, T) or embeddings (B, T, C)), after the final norm; logits = model.logits(hidden).
-    """
-
-    sharing = True  # in training, of prompts that rows have in common: see `trained_hidden`
+    """The decoder of Llama, Qwen2, Qwen3 and SmolLM2, with Hugging Face's names."""
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = c = {"num_key_value_heads": config["num_attention_heads"], "rms_norm_eps": 1e-6} | config
-        self.head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-        self.rope_theta = c.get("rope_theta") or c["rope_parameters"]["rope_theta"]
-        layers = nn.ModuleList(Layer(c, self.head_dim) for _ in range(c["num_hidden_layers"]))
-        embed, norm = nn.Embedding(c["vocab_size"], c["hidden_size"]), RMSNorm(c["hidden_size"], c["rms_norm_eps"])
-        self.model = nn.ModuleDict({"embed_tokens": embed, "layers": layers, "norm": norm})
+        self.config = c = {"rms_norm_eps": 1e-6} | config
+        c["num_key_value_heads"] = c.get("num_key_value_heads") or c["num_attention_heads"]
+        c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        c["rope_theta"] = c.get("rope_theta") or c["rope_parameters"]["rope_theta"]
+        self.model = nn.ModuleDict()
+        self.model.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
+        self.model.layers = nn.ModuleList(Layer(c) for _ in range(c["num_hidden_layers"]))
+        self.model.norm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
         self.lm_head = Linear(c["hidden_size"], c["vocab_size"], bias=False)
-        if c.get("tie_word_embeddings"):
-            self.lm_head.weight = embed.weight
-        self.compute_dtype = None  # of the products; None: that of the weights
-        self.checkpointing = False  # recompute each layer in the backward pass instead of storing it
-        self.register_buffer("vocab_bias", None, persistent=False)  # (V,): -inf for ids never sampled, else 0
-        self.eos_ids: list[int] = []
-        self.is_tiny = False  # has the tokenizer of the tiny models made here
+        self.tie()
+        self.compute_dtype = None  # of products, if not the weights'
+        self.checkpointing = False  # of layers
+        self.register_buffer("vocab_bias", None, persistent=False)  # (V,): -inf if never drawn
+        self.eos_ids, self.tokenizer, self.is_tiny = [], None, False  # see read_special_ids
 
-    def forward(
-        self, inputs: Tensor, positions: Tensor | None = None, cache: Cache | None = None, mask: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Hidden states (B, T, C) after the final norm. With a cache the T inputs continue each row behind its
-        own length, and the lengths grow by T. mask (B, 1, T, S) is True where a key may be seen.
+    def tie(self):
+        if self.config.get("tie_word_embeddings"):
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, inputs: Tensor, cache: Cache | None = None) -> Tensor:
+        """Hidden states (B, T, C) after the final norm, of tokens (B, T) or embeddings (B, T, C).
+
+        With a cache they continue each row, whose length grows by T.
         """
-        x = inputs if inputs.is_floating_point() else self.model["embed_tokens"](inputs)
+        x = inputs if inputs.is_floating_point() else self.model.embed_tokens(inputs)
         x = x.to(self.compute_dtype or x.dtype)
-        if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
-            positions = positions if cache is None else positions + cache.lengths[:, None]  # (B, T)
-        if cache is not None and mask is None:
-            mask = torch.arange(cache.width, device=x.device) <= positions[:, None, :, None]  # (B, 1, T, S)
-        exponents = torch.arange(0, self.head_dim, 2, device=x.device) / self.head_dim
-        angles = positions[:, None, :, None] * self.rope_theta**-exponents  # (B, 1, T, D/2)
-        rotary = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        for i, layer in enumerate(self.model["layers"]):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotary, cache, i, mask, use_reentrant=False)
-            else:
-                x = layer(x, rotary, cache, i, mask)
+        mask = None
+        at = torch.arange(x.shape[1], device=x.device)[None]  # positions (1, T)
+        if cache is not None:
+            at = at + cache.lengths[:, None]  # (B, T)
+            mask = torch.arange(cache.width, device=x.device) <= at[:, None, :, None]
+        D = self.config["head_dim"]
+        exponents = torch.arange(0, D, 2, device=x.device) / D
+        angles = at[:, None, :, None] * self.config["rope_theta"] ** -exponents  # (B, 1, T, D/2)
+        context = (angles.cos().to(x.dtype), angles.sin().to(x.dtype)), mask, cache
+        again = self.checkpointing and torch.is_grad_enabled()
+        for i, layer in enumerate(self.model.layers):
+            inputs = x, *context, i
+            x = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
         if cache is not None:
             cache.lengths += x.shape[1]
-        return self.model["norm"](x)
+        return self.model.norm(x)
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """Logits (..., V) for sampling and training: at least float32, over T, ids never sampled at -inf."""
+        """Logits (..., V) over the temperature: at least float32, -inf if never drawn."""
         logits = self.lm_head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = logits if temperature == 1 else logits / temperature
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         return logits if self.vocab_bias is None else logits + self.vocab_bias
 
 
-def check_config(c: dict, folder: Path) -> None:
-    """Refuse, in one line, a config.json that this decoder cannot honour."""
-    rope, kind, act = c.get("rope_parameters") or c.get("rope_scaling") or {}, c.get("model_type"), c.get("hidden_act")
-    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-    rope_type, bias = rope.get("rope_type") or rope.get("type") or "default", c.get("attention_bias")
-    theta, eps = c.get("rope_theta") or rope.get("rope_theta"), c.get("rms_norm_eps", 1e-6)
-    checks = {
-        f"model_type {kind} (supported: {', '.join(QKV_BIAS)})": str(kind) in QKV_BIAS,
-        f"hidden_act {act} (supported: silu)": act in ("silu", None),
-        f"rope type {rope_type} (supported: default)": rope_type == "default",
-        f"rope_theta {theta}": isinstance(theta, (int, float)) and theta > 0,
-        f"rms_norm_eps {eps}": isinstance(eps, float),
-        "attention_bias or mlp_bias": not c.get("mlp_bias") and (kind == "qwen2" or not bias),
-        "use_sliding_window": not c.get("use_sliding_window"),
-    }
-    sizes = {"hidden_size": 10**5, "num_hidden_layers": 1000, "num_attention_heads": 1000, "intermediate_size": 10**6}
-    sizes |= {"vocab_size": 10**7, "num_key_value_heads": 1000, "head_dim": 1000}
-    for name, most in sizes.items():
-        value = c.get(name, 1 if name == "num_key_value_heads" else None) or (name == "head_dim") * 1
-        checks[f"{name} {value}"] = type(value) is int and 0 < value <= most
-    for what, good in checks.items():
-        need(good, f"{folder}/config.json: {what} is not supported")
-
-
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Model:
-    """The model in a Hugging Face folder, weights widened to float32. Raises BadInput for any tensor that is missing,
-    extra or of another shape. eos_ids gets every id that ends a text, vocab_bias -inf where none may be drawn.
-    """
-    folder = Path(folder)
-    config = read_json(folder / "config.json")
-    check_config(config, folder)
-    with torch.device("meta"):
-        model = Model(config)
-    tensors, wanted = read_tensors(folder), model.state_dict()
-    if config.get("tie_word_embeddings"):  # one weight, stored once; a second copy must be the same
-        head, embed = tensors.pop("lm_head.weight", None), tensors.get("model.embed_tokens.weight")
-        same = head is None or embed is None or torch.equal(head, embed)
-        need(same, f"{folder}: tie_word_embeddings is true, but lm_head differs from embed_tokens on disk")
-        del wanted["lm_head.weight"]
-    wrong = [f"{n} is missing" for n in wanted if n not in tensors]
-    wrong += [f"{n} is unknown" for n in tensors if n not in wanted]
-    shapes = [(n, tuple(t.shape), tuple(wanted[n].shape)) for n, t in tensors.items() if n in wanted]
-    wrong += [f"{name} has shape {found}, not {right}" for name, found, right in shapes if found != right]
-    need(not wrong, f"{folder}: {len(wrong)} tensors do not match config.json (first: {(wrong or [0])[0]})")
-    tensors = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
-    model.load_state_dict(tensors, strict=False, assign=True)
-    if config.get("tie_word_embeddings"):
-        model.lm_head.weight = model.model["embed_tokens"].weight
-    model.folder = folder
-    read_special_ids(model)
-    return model.requires_grad_()
+    """The model in a Hugging Face folder, in float32."""
+    folder, tensors = Path(folder), {}
+    with reading(folder):
+        c = read_json(folder / "config.json")
+        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+        rope = rope.get("rope_type", rope.get("type", "default"))
+        kind, act, window = c["model_type"], c.get("hidden_act"), c.get("use_sliding_window")
+        known = kind in ("llama", "qwen2", "qwen3") and act in ("silu", None)
+        if not known or rope != "default" or window:  # unseen by strict loading
+            raise BadInput(f"{folder}: no {kind} with {act}, rope {rope}, window {window}")
+        for file in sorted(folder.glob("model*.safetensors")):
+            tensors |= {name: tensor.float() for name, tensor in load_file(file).items()}
+        if c.get("tie_word_embeddings"):
+            embed = tensors["model.embed_tokens.weight"]
+            if not torch.equal(tensors.setdefault("lm_head.weight", embed), embed):
+                raise BadInput(f"{folder}: lm_head is tied, but not embed_tokens")
+        with torch.device("meta"):
+            model = Model(c)
+        model.load_state_dict(tensors, assign=True)
+        model.tie()
+        model.folder = folder
+        read_special_ids(model)
+    return model.to(device).requires_grad_()
 
 
 def read_special_ids(model: Model) -> None:
-    """Fill eos_ids from config, generation config and tokenizer, and vocab_bias from what must not be drawn."""
-    folder, size = model.folder, model.config["vocab_size"]
-    generation = read_json(path) if (path := folder / "generation_config.json").is_file() else {}
-    banned = as_list(generation.get("suppress_tokens"))
-    ends = [model.config.get("eos_token_id"), generation.get("eos_token_id")]
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(folder)
-        top = max(tokenizer.get_vocab().values(), default=-1)
-        need(top < size, f"{folder}: the tokenizer has ids up to {top}, the model only {size} embeddings")
-        banned = [*banned, *range(top + 1, size)]  # a vocabulary padded to a round size
-        end = read_json(folder / "tokenizer_config.json").get("eos_token") or ""
-        end = end.get("content", "") if isinstance(end, dict) else end
-        ends.append(tokenizer.token_to_id(end) if isinstance(end, str) else f"eos_token {end}")
-        model.is_tiny = tokenizer.token_to_id("<latent>") is not None
-    ids = [i for end in ends for i in as_list(end)]
-    bad = [i for i in ids + banned if type(i) is not int or not 0 <= i < size]
-    need(not bad, f"{folder}: {bad[:1]} in its config files is no token, of which there are {size}")
-    model.eos_ids = sorted(set(ids))
+    """Set tokenizer, eos_ids (each ends a text), vocab_bias (-inf for what is never drawn)."""
+    c, folder = model.config, model.folder
+    paths = folder / "generation_config.json", folder / "tokenizer_config.json"
+    generation, names = [read_json(path) if path.exists() else {} for path in paths]
+    ends = [c.get("eos_token_id"), generation.get("eos_token_id")]
+    banned = list(generation.get("suppress_tokens") or [])
+    if (folder / "tokenizer.json").exists():
+        model.tokenizer = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
+        end = names.get("eos_token") or ""
+        ends.append(model.tokenizer.token_to_id(end if isinstance(end, str) else end["content"]))
+        known = max(model.tokenizer.get_vocab().values()) + 1
+        banned += range(known, c["vocab_size"])  # padding
+        model.is_tiny = model.tokenizer.token_to_id("<latent>") is not None
+    for end in ends:
+        model.eos_ids += end if isinstance(end, list) else [end]
+    model.eos_ids = sorted(set(model.eos_ids) - {None})
     if banned:
-        model.vocab_bias = torch.zeros(size, device=model.lm_head.weight.device)
+        model.vocab_bias = torch.zeros(c["vocab_size"])
         model.vocab_bias[banned] = -torch.inf
 
 
 def save_model(model: Model, folder: str | Path) -> None:
-    """A folder that AutoModelForCausalLM opens with the same logits; the tokenizer's files come along."""
-    folder = Path(folder)
+    """A folder that AutoModelForCausalLM opens, with the tokenizer."""
+    folder, tensors = Path(folder), model.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
-    rope = {"rope_theta": model.rope_theta, "rope_type": "default"}
-    config = model.config | {"rope_theta": model.rope_theta, "rope_parameters": rope}
-    config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    if config.get("tie_word_embeddings"):
+    rope = {"rope_type": "default", "rope_theta": model.config["rope_theta"]}
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    c = {**model.config, "rope_parameters": rope, "dtype": dtype, "torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(c, indent=2))
+    if c.get("tie_word_embeddings"):
         del tensors["lm_head.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # it came with mode 0600
-    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (model.folder / name).is_file() and model.folder.resolve() != folder.resolve():
-            shutil.copyfile(model.folder / name, folder / name)
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # was 0600
+    for pattern in ("generation_config.json", "tokenizer*.json", "*.jinja"):
+        for file in model.folder.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
 
 
 # <<< shared: model
 
 
-# >>> shared: files (same text in every script that has it; see tests/test_shared_blocks.py)
-def need(good: object, message: str) -> None:
-    """Unless `good`, complain in one line about what the user gave."""
-    if not good:
-        raise BadInput(message)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def as_list(value: object) -> list:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        need(isinstance(found, dict), "not a JSON object")
-        return found
-    except (OSError, ValueError, RecursionError) as error:
-        has = "settings" if path.name == "run.json" else "config.json, *.safetensors, tokenizer.json"
-        raise BadInput(f"{path} cannot be read ({error}); such a folder has {has}") from None
-
-
-def resolve_model(name: str) -> Path:
-    """The folder of a model: "tiny" and others made here, a folder, a short name, or owner/name from the hub."""
-    for folder in (Path(name).expanduser(), Path(__file__).parent / "models" / name):
-        if folder.is_dir():
-            return folder
-    repo, known = SHORT_NAMES.get(name, name), ", ".join(SHORT_NAMES)
-    is_repo = repo.count("/") == 1 and not name.startswith((".", "/", "~"))
-    need(is_repo, f"no such folder: {name} (hub names look like owner/name; short names: {known})")
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except (OSError, ValueError) as error:  # the hub's own errors are among them
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        why = "is not in the local cache and huggingface.co cannot be reached. On a machine with network: "
-        why += f"hf download {repo} --local-dir DIR, then --model DIR"
-        if status in (401, 403, 404):
-            why = f"cannot be had: huggingface.co answers {status}. Check the name, or log in: hf auth login"
-        raise BadInput(f"{repo} {why}") from None
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards that its index names."""
-    index, tensors = folder / "model.safetensors.index.json", {}
-    names = read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
-    good = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
-    need(good, f"{index}: weight_map must name the file of each tensor; download it again")
-    for path in (folder / Path(name).name for name in sorted(set(names.values()))):  # never outside the folder
-        need(path.is_file(), f"no {path.name} in {folder}; weights are read from safetensors files only")
-        with path.open("rb") as file:
-            lfs = file.read(23) == b"version https://git-lfs"
-        pointer = f'is {path.stat().st_size} bytes and starts with "version https://git-lfs": a Git LFS pointer'
-        need(not lfs, f"{path.name} {pointer}. Run: git lfs pull")
-        try:
-            tensors |= load_file(path)
-        except SafetensorError as error:
-            raise BadInput(f"{path} is damaged ({error}); download or save it again") from None
-    return tensors
-
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    path = Path(folder) / "tokenizer.json"
-    try:
-        return Tokenizer.from_buffer(path.read_bytes())  # from_file would raise a bare Exception
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read ({first_line(error)}); download or save it again") from None
-
-
-# <<< shared: files
-
-
-# >>> shared: sampler (same text in every script that has it; see tests/test_shared_blocks.py)
-CHECK_EVERY = 8  # decode steps between two looks at the stop flags where a look synchronises with the device
+# >>> shared: sampler
+LOOK_EVERY = 8  # steps between two looks at the flags, which wait for a GPU
 
 
 def row_uniforms(seed: int, step: int, prompt: int, sample: int, count: int) -> np.ndarray:
-    """The random numbers of one completion, (count,) float32 in [0, 1): a function of these four and nothing else,
-    so that a completion depends neither on the batch and its other rows nor on the rank.
-    """
+    """The random numbers (count,) of a completion, whatever its batch and rank."""
     return np.random.default_rng((seed, step, prompt, sample)).random(count, np.float32)
 
 
-def draw(probs: Tensor, uniforms: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tensor:
-    """One token per row, by the inverse CDF: the first whose cumulated probability exceeds the row's number.
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens (B, 1): the first whose cumulated probability exceeds the row's number.
 
-    probs (B, V), uniforms (B, 1) in [0, 1); returns (B, 1). A token of probability 0 is never drawn. top_k keeps
-    the likeliest k (0: all), top_p the fewest likeliest that hold p of the mass.
+    probs (B, V), uniforms (B, 1) in [0, 1). A token of probability 0 is never drawn.
     """
-    if top_p < 1 or top_k:
-        ordered, order = probs.sort(dim=-1, descending=True, stable=True)  # (B, V)
-        drop = torch.zeros_like(ordered, dtype=torch.bool)
-        if top_p < 1:
-            before = ordered.cumsum(-1) - ordered  # the mass before this token
-            drop |= (before >= top_p) & (before > 0)
-        if top_k:
-            drop[:, top_k:] = True
-        probs = probs.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), 0.0)
     cdf = probs.cumsum(-1)
-    return torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=probs.shape[-1] - 1)
-
-
-@contextmanager
-def packed(model: Model):
-    """Within it, large float32 layers on a CPU multiply with a copy of their weights in oneDNN's own layout: for few
-    rows two to three times as fast as MKL, which F.linear would take. No gradients; the weights must not change.
-    """
-    linear = [m for m in model.modules() if isinstance(m, Linear) and m.packed is None]
-    large = [m for m in linear if m.by_onednn(model.compute_dtype or m.weight.dtype)]
-    for layer in large:
-        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-    try:
-        yield
-    finally:
-        for layer in large:
-            layer.packed = None
+    tokens = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
+    return tokens.clamp(max=probs.shape[-1] - 1)
 
 
 class Decoding:
-    """A batch being sampled: tensors that are allocated before the first step and only written in place.
+    """B / P answers to each of P prompts, by uniforms (B, N); temperature 0 is greedy."""
 
-    What lies behind a row's length means nothing; a row that is not finished was cut off. logprobs are those of the
-    sampled tokens at the sampling temperature, before top-p and top-k. `rows` are the rows still in the batch.
-    """
+    def __init__(self, model, prompts, uniforms, temperature):
+        (B, N), P = uniforms.shape, len(prompts)
+        device = model.lm_head.weight.device
+        self.model, self.temperature = model, temperature
+        self.uniforms = uniforms.to(device)
+        with device:
+            self.logprobs = torch.zeros(B, N)
+            self.tokens = torch.zeros(B, N, dtype=torch.long)
+            self.lengths = torch.zeros(B, dtype=torch.long)  # with the end token
+            self.finished = torch.zeros(B, dtype=torch.bool)  # ended by itself
+            self.rows = torch.arange(B)  # still in the batch
+            self.last = torch.zeros(B, 1, dtype=torch.long)  # their newest tokens
+            self.count = torch.zeros(1, dtype=torch.long)  # of tokens drawn
+            self.eos = torch.tensor(model.eos_ids, dtype=torch.long)
+            prompt = torch.arange(P)
+            ends = torch.tensor([len(ids) for ids in prompts])
+        ids = pad_rows(prompts, device, torch.long)  # (P, T): each prompt runs once
+        self.cache = Cache(model, P, ids.shape[1] + N)
+        self.cache.width = ids.shape[1]
+        hidden = model(ids, self.cache)[prompt, ends - 1]  # (P, C)
+        self.cache.lengths.copy_(ends)  # the padding is forgotten
+        group = prompt.repeat_interleave(B // P)
+        self.cache.select(group)
+        self.emit(model.logits(hidden, temperature or 1.0)[group])
 
-    def __init__(
-        self, model: Model, cache: Cache, uniforms: Tensor,
-        temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_tokens: int = 0,
-    ):  # fmt: skip
-        (B, N), device = uniforms.shape, cache.lengths.device
-        self.temperature, self.top_p, self.top_k, self.min_tokens = temperature, top_p, top_k, min_tokens
-        self.cache = cache
-        self.uniforms = uniforms.to(device, torch.promote_types(cache.keys.dtype, torch.float32))  # (B, N) in [0, 1)
-        self.tokens = torch.zeros(B, N, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros_like(self.uniforms)  # (B, N)
-        self.lengths = torch.zeros(B, dtype=torch.long, device=device)  # tokens sampled, the end token included
-        self.finished = torch.zeros(B, dtype=torch.bool, device=device)  # ended by an end token or a stop string
-        self.rows = torch.arange(B, device=device)
-        self.last = torch.zeros(B, 1, dtype=torch.long, device=device)  # the newest token of each row in the batch
-        self.step = torch.zeros(1, dtype=torch.long, device=device)
-        self.eos = torch.tensor(model.eos_ids, dtype=torch.long, device=device)
+    def emit(self, logits):
+        """Draw a token per row by logits (B, V): fixed shapes, nothing read back."""
+        probs = logits.softmax(-1)
+        token = probs.argmax(-1, keepdim=True)  # (B, 1)
+        if self.temperature:
+            token = draw(probs, self.uniforms[self.rows, self.count][:, None].to(probs))
+        self.last.copy_(token)
+        self.tokens[self.rows, self.count] = token[:, 0]
+        self.logprobs[self.rows, self.count] = probs.gather(1, token)[:, 0].log().float()
+        self.lengths[self.rows] += ~self.finished[self.rows]
+        self.finished[self.rows] |= (token == self.eos).any(-1)
+        self.count += 1
 
-    def drop_finished(self) -> None:
-        """Rows that finished leave the batch (shapes change: not for captured steps)."""
-        alive = (~self.finished[self.rows]).nonzero()[:, 0]
-        self.rows, self.last = self.rows[alive], self.last[alive]
-        self.cache.select(alive)
-
-
-def prefill(model: Model, prompts: list[list[int]], capacity: int) -> tuple[Cache, Tensor]:
-    """Run the prompts, padded on the right: a cache of `capacity` positions, and the last hidden states (P, C)."""
-    device, longest = model.lm_head.weight.device, max(map(len, prompts))
-    tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)  # (P, T)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    cache = Cache(model, len(prompts), capacity)
-    cache.width = longest
-    hidden = model(tokens, cache=cache)
-    cache.lengths.copy_(lengths)  # the padding is forgotten
-    return cache, hidden[torch.arange(len(prompts), device=device), lengths - 1]
-
-
-def emit(s: Decoding, logits: Tensor) -> None:
-    """Draw the next token of every row from logits (B, V) and note it: fixed shapes, nothing read back."""
-    if s.min_tokens:  # before that, no end token
-        logits = logits.index_fill(-1, s.eos, -torch.inf).where(s.step < s.min_tokens, logits)
-    probs = logits.softmax(-1)
-    if s.temperature:
-        token = draw(probs, s.uniforms[s.rows, s.step][:, None], s.top_p, s.top_k)  # (B, 1)
-    else:
-        token = logits.argmax(-1, keepdim=True)
-    logprob = probs.gather(1, token).log()  # (B, 1)
-    s.last.copy_(token)
-    s.tokens[s.rows, s.step] = token[:, 0]
-    s.logprobs[s.rows, s.step] = logprob[:, 0].to(s.logprobs.dtype)
-    s.lengths[s.rows] += ~s.finished[s.rows]
-    s.finished[s.rows] |= (token == s.eos).any(-1)
-    s.step += 1
-
-
-def decode_step(model: Model, s: Decoding) -> None:
-    """One more token for every row of the batch."""
-    emit(s, model.logits(model(s.last, cache=s.cache)[:, 0], s.temperature or 1.0))
-
-
-def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """On a GPU, the step recorded once as a CUDA graph and replayed from then on; elsewhere the step itself."""
-    if device.type != "cuda":
-        return step
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-    except RuntimeError as error:
-        note_once(f"note: CUDA graph capture failed ({first_line(error)}); decoding eagerly")
-        return step
-    return graph.replay
-
-
-@lru_cache
-def note_once(text: str) -> None:
-    print(text, flush=True)
-
-
-def cut_at_stop(s: Decoding, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-    """Finish the rows whose text holds a stop string since the last look; the tokens up to its last character stay."""
-    seen = (int(s.step) - 1) // CHECK_EVERY * CHECK_EVERY
-    for row in (s.lengths > seen).nonzero()[:, 0].tolist():
-        ids = s.tokens[row, : s.lengths[row]].tolist()
-        for end in range(seen + 1, len(ids) + 1):
-            text = tokenizer.decode(ids[max(0, end - 32) : end], skip_special_tokens=False)
-            if any(word in text for word in stop):
-                s.lengths[row], s.finished[row] = end, True
-                break
+    def step(self):
+        hidden = self.model(self.last, self.cache)[:, 0]
+        self.emit(self.model.logits(hidden, self.temperature or 1.0))
 
 
 @torch.inference_mode()
 def generate(
-    model: Model, prompts: list[list[int]], uniforms: Tensor, temperature: float = 1.0, top_p: float = 1.0,
-    top_k: int = 0, min_tokens: int = 0, stop: tuple[str, ...] = (), tokenizer: Tokenizer | None = None,
-) -> Decoding:  # fmt: skip
-    """Continue each of P prompts B / P times by at most N tokens, with uniforms (B, N), rows of a prompt together;
-    temperature 0 is greedy. Returns tokens (B, N), lengths (B,), finished (B,), logprobs (B, N) on the CPU.
+    model: Model, prompts: list, uniforms: Tensor, temperature: float = 1.0, stop=None
+) -> Decoding:
+    """Decode until each row has ended or has N tokens; stop is Prompter.stop.
 
-    Each prompt runs through the model once, and its group shares the cache. On the CPU finished rows leave the
-    batch; elsewhere the step keeps its shapes, and the stop flags are read every CHECK_EVERY tokens.
+    On a CPU finished rows leave the batch; on CUDA the step is recorded, so shapes stay.
     """
-    (rows, steps), longest = uniforms.shape, max(map(len, prompts))
-    device = model.lm_head.weight.device
-    on_cpu = device.type == "cpu"
-    with packed(model):
-        cache, hidden = prefill(model, prompts, longest + steps)
-        group = torch.arange(len(prompts), device=device).repeat_interleave(rows // len(prompts))
-        cache.select(group)
-        s = Decoding(model, cache, uniforms, temperature, top_p, top_k, min_tokens)
-        advance = partial(decode_step, model, s)
-        for done in range(steps):
-            if stop and done and done % CHECK_EVERY == 0:
-                cut_at_stop(s, tokenizer, stop)
-            if on_cpu or done % CHECK_EVERY == 0:
-                alive = len(s.rows) - int(s.finished[s.rows].sum())
-                if not alive:
-                    break
-                if on_cpu and alive <= 0.75 * len(s.rows):
-                    s.drop_finished()
-            s.cache.width = longest + done if on_cpu else longest + steps
-            if done == 2:  # one step has run eagerly and warmed up what a capture may not do
-                advance = capture(advance, device)
-            if done:
-                advance()
-            else:
-                emit(s, model.logits(hidden, temperature or 1.0)[group])
-        if stop and steps:
-            cut_at_stop(s, tokenizer, stop)
-    s.tokens, s.lengths, s.finished, s.logprobs = (t.cpu() for t in (s.tokens, s.lengths, s.finished, s.logprobs))
+    s = Decoding(model, prompts, uniforms, temperature)
+    step, on_cpu = s.step, s.tokens.is_cpu
+    N = uniforms.shape[1]
+    if not on_cpu:
+        s.cache.width += N
+    for done in range(1, N):
+        look = done % LOOK_EVERY == 0
+        if stop and look:
+            stop(s, done - LOOK_EVERY)
+        if look or on_cpu:
+            alive = (~s.finished[s.rows]).nonzero()[:, 0]
+            if len(alive) == 0:
+                break
+            if on_cpu and len(alive) <= 0.75 * len(s.rows):
+                s.rows, s.last = s.rows[alive], s.last[alive]
+                s.cache.select(alive)
+        if on_cpu:
+            s.cache.width += 1
+        if s.tokens.is_cuda and done == 2:  # after an eager one
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                s.step()
+            step = graph.replay
+        step()
+    if stop:
+        stop(s, (int(s.count) - 1) // LOOK_EVERY * LOOK_EVERY)
+    s.cache = None
     return s
 
 
 # <<< shared: sampler
 
 
-# >>> shared: logprobs (same text in every script that has it; see tests/test_shared_blocks.py)
+# >>> shared: logprobs
 def pad_rows(rows: list[list], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Lists of numbers as one tensor (B, T), padded on the right with 0."""
     longest = max(map(len, rows))
-    return torch.tensor([list(row) + [0] * (longest - len(row)) for row in rows], dtype=dtype).to(device)
+    padded = [row + [0] * (longest - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=dtype).to(device)
 
 
-def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Row numbers, longest first, cut so that no batch padded to its longest row exceeds max_tokens (one row may).
-
-    >>> micro_batches([3, 9, 4, 8], 18)
-    [[1, 3], [2, 0]]
-    """
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
-
-
-def head_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def head_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: float) -> tuple:
     """(N,) log-probability of `chosen` and (N,) entropy, from hidden states (N, C)."""
     logits = model.logits(hidden, temperature)  # (N, V)
     logprobs = logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
@@ -989,641 +843,354 @@ def head_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: flo
 
 def chosen_logprobs(
     model: Model, hidden: Tensor, chosen: Tensor, temperature: float = 1.0, chunk: int = 0
-) -> tuple[Tensor, Tensor]:
-    """(N,) log-probabilities of `chosen` and (N,) entropies, from hidden states (N, C).
-
-    At most `chunk` logits (0: `logits_at_once`) are computed at a time, and again in the backward pass, so that
-    (tokens x vocabulary) never lies in memory as a whole.
-    """
-    size = max(1, (chunk or logits_at_once(model)) // model.config["vocab_size"])
+) -> tuple:
+    """The same, `chunk` logits at a time, computed again going backward."""
+    chunk = chunk or (2**23 if hidden.is_cpu else 2**26)
+    size = max(1, chunk // model.config["vocab_size"])
     if len(chosen) <= size:
         return head_logprobs(model, hidden, chosen, temperature)
-    pieces = zip(hidden.split(size), chosen.split(size), strict=True)
-    parts = [checkpoint(head_logprobs, model, h, c, temperature, use_reentrant=False) for h, c in pieces]
-    logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
-    return logprobs, entropy
-
-
-@dataclass
-class SharedPrompts:
-    """Keys and values of prompts, with their gradients, by layer. With `rows`, the prompt of each row, the row's own
-    stand behind those of its prompt.
-    """
-
-    kept: dict[int, tuple[Tensor, Tensor]]
-    rows: Tensor | None = None
-    lengths: int = 0
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.rows is None:
-            self.kept[layer] = k, v
-            return k, v
-        keys, values = (kept.index_select(0, self.rows) for kept in self.kept[layer])
-        return torch.cat([keys, k], 2), torch.cat([values, v], 2)
-
-
-def trained_hidden(model: Model, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states (N, C) from which the N tokens of the mask (B, T) are predicted, row after row.
-
-    Where that saves a quarter of the work, what rows have in common before their first trained token runs through the
-    model once, and serves all of them.
-    """
-    where, inputs = mask[:, 1:].bool(), tokens[:, :-1]
-    (B, T), places = inputs.shape, torch.arange(inputs.shape[1], device=tokens.device)
-    first = where.int().argmax(1)[:, None]  # (B, 1) inputs in front of the first from which a token is predicted
-    prompts, rows = inputs.where(places < first, -1).unique(dim=0, return_inverse=True)  # (P, T), (B,)
-    width = int(first.max())
-    if not model.sharing or 4 * (B - len(prompts)) * width < B * T:
-        return model(inputs)[where]
-    kept, place = {}, places[:width]
-    causal = (place <= place[:, None])[None, None]
-    model(prompts[:, :width].clamp(min=0), place[None], SharedPrompts(kept), causal)
-    positions = first + places[: T - int(first.min())]  # (B, S)
-    inside, at = positions < T, positions.clamp(max=T - 1)
-    own = (positions[:, None, :] <= positions[:, :, None])[:, None]  # (B, 1, S, S)
-    seen = (place < first)[:, None, None].expand(-1, -1, own.shape[2], -1)  # (B, 1, S, width)
-    hidden = model(inputs.gather(1, at), positions, SharedPrompts(kept, rows), torch.cat([seen, own], 3))
-    return hidden[where.gather(1, at) & inside]
+    parts = []
+    for h, ids in zip(hidden.split(size), chosen.split(size), strict=True):
+        parts.append(checkpoint(head_logprobs, model, h, ids, temperature, use_reentrant=False))
+    logprobs, entropy = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropy)
 
 
 def completion_logprobs(
     model: Model, tokens: Tensor, mask: Tensor, temperature: float = 1.0, chunk: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens[:, 1:] and entropies of their distributions, both (B, T-1), 0 where mask is 0.
-
-    mask (B, T) is 1 on trained tokens; only they go through the head.
-    """
-    where = mask[:, 1:].bool()
-    parts = chosen_logprobs(model, trained_hidden(model, tokens, mask), tokens[:, 1:][where], temperature, chunk)
-    empty = torch.zeros(where.shape, dtype=parts[0].dtype, device=tokens.device)
-    logprobs, entropy = (empty.masked_scatter(where, part) for part in parts)
-    return logprobs, entropy
+) -> tuple:
+    """Log-probabilities of tokens[:, 1:] and entropies, (B, T-1), 0 where mask (B, T) is 0."""
+    where = mask[:, 1:].bool()  # only these go through the head
+    hidden = model(tokens[:, :-1])[where]  # (N, C)
+    parts = chosen_logprobs(model, hidden, tokens[:, 1:][where], temperature, chunk)
+    zeros = parts[0].new_zeros(where.shape)
+    return zeros.masked_scatter(where, parts[0]), zeros.masked_scatter(where, parts[1])
 
 
 # <<< shared: logprobs
 
 
-# >>> shared: rollout (same text in every script that has it; see tests/test_shared_blocks.py)
-@dataclass
-class Completion:
-    """One sampled answer and what the verifier says of it."""
-
-    number: int  # of its prompt
-    problem: dict
-    prompt: list[int]
-    tokens: list[int]  # with the end token
-    logprobs: list[float]
-    finished: bool  # ended by itself; else truncated
-    text: str
-    score: dict  # {"format", "answer", "correct", "total"}
-    reward: float = 0.0  # what the script makes of the score
-
-
+# >>> shared: rollout
 class Prompter:
-    """Problems to prompt ids: compact for the tiny tokenizer, else plain text, or the model's chat template."""
+    """Problems to prompts: compact for models/, plain text, or the chat template."""
 
     def __init__(self, model: Model, task, chat: bool):
-        self.task, self.tokenizer, self.end = task, load_tokenizer(model.folder), model.eos_ids[:1]
-        self.style = "chat" if chat else "compact" if model.is_tiny else "text"
-        self.stop = ("</answer>", "\nUser:") if self.style == "text" else ()
-        self.folder, self.template = model.folder, None
+        self.task, self.tokenizer = task, model.tokenizer
+        if self.tokenizer is None:
+            raise BadInput(f"{model.folder}: no tokenizer.json")
+        self.style = "compact" if model.is_tiny else "text"
+        self.stops = () if chat or model.is_tiny else ("</answer>", "\nUser:")
+        if chat:
+            from transformers import AutoTokenizer  # slow
 
-    def text(self, problem: dict) -> str:
+            self.style = "chat"
+            with reading(model.folder):
+                self.chat = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
+
+    def text(self, problem):
         asked = prompt(self.task, problem, self.style)
-        return self.fill(asked, True) + ASSISTANT_PREFIX if self.style == "chat" else asked
+        if self.style != "chat":
+            return asked
+        with reading("--chat"):
+            options = {"tokenize": False, "add_generation_prompt": True}
+            return self.chat.apply_chat_template(asked, **options) + ASSISTANT_PREFIX
 
-    def fill(self, messages: list[dict], reply: bool) -> str:
-        """The chat template's text of these messages; reply opens the assistant's turn."""
-        from jinja2 import TemplateError  # slow to import, and only the chat template needs them
-        from transformers import AutoTokenizer
-
-        try:  # without a word here transformers would ask whether to run the Python code of a folder
-            self.template = self.template or AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-            need(self.template.chat_template, "it has no chat template")
-            return self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
-        except (TemplateError, OSError, TypeError, ValueError) as error:
-            raise BadInput(f"--chat: {self.folder}: {first_line(error)}; leave --chat out") from None
-
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-    def describe(self, c: Completion) -> dict[str, float]:
-        """What the task has to say of a completion besides its score."""
-        return self.task.describe(c.text, c.problem) if hasattr(self.task, "describe") else {}
-
-    def line(self, c: Completion, **more) -> str:
-        """One completion as a line for the log, escaped."""
-        parts = {name: c.score[name] for name in ("answer", "format", "correct")}
-        parts |= {"length": len(c.tokens), "truncated": not c.finished, **more}
-        return f"{escaped(self.text(c.problem))}|{escaped(c.text)}| {parts}"
+    def stop(self, s, seen):
+        """Finish rows in which a stop string ends after `seen` tokens."""
+        start, lengths = max(0, seen - 31), s.lengths.tolist()
+        window = s.tokens[:, start : seen + LOOK_EVERY].tolist()
+        for i, text in enumerate(self.tokenizer.decode_batch(window, False)):
+            if any(word in text for word in self.stops):
+                end = seen + 1
+                while not any(word in self.decode(window[i][: end - start]) for word in self.stops):
+                    end += 1
+                if end <= lengths[i]:  # else drawn after the row's end
+                    s.lengths[i], s.finished[i] = end, True
 
 
 def rollout(
-    model: Model, prompter: Prompter, numbered: list[tuple[int, dict]], group_size: int, max_new_tokens: int,
-    stream: tuple[int, int], temperature: float, **score_options,
-) -> list[Completion]:  # fmt: skip
-    """Sample `group_size` completions of each (number, problem) and score them; groups are contiguous.
+    run: "Run", model: Model, prompter: Prompter, problems: list, size: int, limit: int, step: int
+) -> list[Completion]:
+    """Sample and score `size` answers of at most `limit` tokens to each (number, problem).
 
-    stream is (seed, step): with the numbers of prompt and completion it names the random numbers that are used.
+    A rank samples its share, then all hold everything, group by group. An answer depends on
+    seed, step, number and place in its group alone.
     """
-    done, encoded = [], [prompter.encode(prompter.text(p)) for _, p in numbered]
-    per_batch = max(1, rows_at_once(model, max(map(len, encoded), default=0) + max_new_tokens) // group_size)
-    for start in range(0, len(numbered), per_batch):
-        part = [(n, p) for n, p in numbered[start : start + per_batch] for _ in range(group_size)]
-        prompts = encoded[start : start + per_batch]
-        numbers = [row_uniforms(*stream, n, i % group_size, max_new_tokens) for i, (n, _) in enumerate(part)]
-        uniforms = torch.from_numpy(np.stack(numbers))
-        s = generate(model, prompts, uniforms, temperature, stop=prompter.stop, tokenizer=prompter.tokenizer)
-        bad = int((~s.logprobs.isfinite()).any(1).sum())
-        if bad:
-            raise FloatingPointError(f"step {stream[1]}: {bad} of {len(part)} rows met logits that are not finite")
-        for row, (number, problem) in enumerate(part):
-            tokens, logprobs = (t[row, : s.lengths[row]].tolist() for t in (s.tokens, s.logprobs))
-            text = prompter.decode(tokens[:-1] if tokens and tokens[-1] in model.eos_ids else tokens)
-            score = prompter.task.score(text, problem, **score_options)
-            given, finished = prompts[row // group_size], bool(s.finished[row])
-            done.append(Completion(number, problem, given, tokens, logprobs, finished, text, score))
-    return done
+    done, stop = [], prompter.stop if prompter.stops else None
+    mine = [(n, p, prompter.encode(prompter.text(p))) for n, p in problems[run.rank :: run.world]]
+    longest = max((len(ids) for _, _, ids in mine), default=0)
+    for part in in_groups(mine, rows_at_once(model, longest + limit) // size or 1):
+        rows = [(*asked, sample) for asked in part for sample in range(size)]
+        u = [row_uniforms(run.cfg.seed, step, n, sample, limit) for n, _, _, sample in rows]
+        prompts = [ids for _, _, ids in part]
+        s = generate(model, prompts, torch.tensor(np.stack(u)), run.cfg.temperature, stop)
+        if not s.logprobs.isfinite().all():
+            raise FloatingPointError("logits are not finite: lower --lr")
+        sampled = s.lengths.tolist(), s.finished.tolist(), s.tokens.tolist(), s.logprobs.tolist()
+        for (n, p, ids, _), length, finished, tokens, logprobs in zip(rows, *sampled, strict=True):
+            tokens, logprobs = tokens[:length], logprobs[:length]
+            text = prompter.decode(tokens[:-1] if tokens[-1] in model.eos_ids else tokens)
+            score = prompter.task.score(text, p)
+            done.append(Completion(n, p, ids, tokens, logprobs, finished, text, score))
+    return sorted(sum(run.gather(done), []), key=attrgetter("number"))
+
+
+def rows_at_once(model: Model, capacity: int) -> int:
+    """How many rows of `capacity` tokens fit a cache of 1 GB, on a GPU of 20 GB."""
+    row = 2 * sum(keys.nbytes for keys in Cache(model, 1, capacity).keys)
+    return min(256, int(1e9 / row)) if model.lm_head.weight.is_cpu else int(20e9 / row)
 
 
 def evaluate(run: "Run", model: Model, prompter: Prompter, step: int) -> dict[str, float]:
-    """Log and return the held-out accuracy over eval_problems x eval_samples completions. The random numbers are
-    those of stream 0 every time, so two evaluations are paired. `_se` is the standard error over problems.
-    """
-    cfg, k = run.cfg, run.cfg.eval_samples
+    """Log and return held-out accuracy, with the numbers of step 0."""
+    cfg, task = run.cfg, prompter.task
     if not cfg.eval_problems:
         return {}
-    problems = list(enumerate(heldout(prompter.task, cfg.eval_problems)))[run.rank :: run.world]
-    mine = rollout(model, prompter, problems, k, cfg.max_new_tokens, (cfg.seed, 0), cfg.temperature)
-    done = [c for part in run.gather(mine) for c in part]
-    counts = [sum(c.score["correct"] for c in done[i : i + k]) for i in range(0, len(done), k)]  # right, per problem
-    error = float(np.std(counts, ddof=len(counts) > 1)) / k / math.sqrt(len(counts))
-    metrics = {"accuracy": sum(counts) / len(done), "accuracy_se": error}
-    metrics |= {f"pass@{2**i}": mean(pass_at_k(k, c, 2**i) for c in counts) for i in range(k.bit_length())}
-    metrics |= {"format": mean(c.score["format"] for c in done), "clipped_ratio": mean(not c.finished for c in done)}
-    metrics["completion_length"] = mean(len(c.tokens) for c in done)
-    metrics["entropy"] = -mean(p for c in done for p in c.logprobs)  # of the sampling distribution, nats a token
-    details = [prompter.describe(c) for c in done]
-    metrics |= {name: mean(d[name] for d in details) for name in details[0]}
-    if "gave_up" in metrics:
-        stayed = [c.score["correct"] for c, d in zip(done, details, strict=True) if not d["gave_up"]]
-        metrics["accuracy_not_given_up"] = mean(stayed)
+    problems = list(enumerate(heldout(task, cfg.eval_problems)))
+    done = rollout(run, model, prompter, problems, cfg.eval_samples, cfg.max_new_tokens, 0)
+    metrics = describe_evaluation(done, cfg.eval_samples, task)
     metrics = {f"eval/{name}": value for name, value in metrics.items()}
-    run.log(step, metrics, show=("eval/accuracy", "eval/completion_length"))
+    run.log(step, metrics, ("eval/accuracy", "eval/completion_length"))
     return metrics
 
 
 # <<< shared: rollout
 
 
-# >>> shared: run (same text in every script that has it; see tests/test_shared_blocks.py)
+# >>> shared: run
 class Run:
-    """What surrounds the algorithm: ranks, device, folder, log, checkpoints, interruption."""
+    """Around the algorithm: ranks, device, folder, logs, checkpoints, signals."""
 
     def __init__(self, cfg):
-        self.cfg, self.started, self.signal, self.skipped = cfg, time.time(), 0, 0
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        here = name == "cpu" or getattr(torch, name).is_available()
-        need(here, f"--device {name}: there is none here; leave the flag out")
-        self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+        self.cfg, self.started = cfg, time.time()
+        self.signal, self.skipped = 0, {}
+        self.rank = int(os.getenv("RANK", 0))
+        self.world = int(os.getenv("WORLD_SIZE", 1))
+        name = cfg.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device, self.dtype = torch.device(name), torch.float32
         if name == "cuda":
-            torch.cuda.set_device(self.device)
-        wide = name != "cuda" or not torch.cuda.is_bf16_supported()
-        self.dtype = getattr(torch, cfg.dtype if cfg.dtype != "auto" else "float32" if wide else "bfloat16")
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(minutes=cfg.timeout))
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self.on_signal)
-        if cfg.check:  # the whole way once, as small as it goes
-            cfg.steps, cfg.eval_problems, cfg.eval_samples = 1, min(cfg.eval_problems, 2), min(cfg.eval_samples, 2)
+            with reading("--device cuda"):
+                torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
+            self.dtype = torch.bfloat16
+        if self.world > 1:
+            if self.rank == 0:
+                resolve_model(cfg.model)  # downloads; the others wait
+            dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        signal.signal(signal.SIGINT, self.on_signal)
+        signal.signal(signal.SIGTERM, self.on_signal)
 
-    def on_signal(self, number: int, frame) -> None:
-        if self.signal:  # the second one: leave at once
-            os._exit(128 + number)
+    def on_signal(self, number, frame):
         self.signal = number
-        if self.rank == 0:  # no print: the signal may have come in the middle of one
-            os.write(1, b"stopping after this step; once more leaves at once\n")
+        signal.signal(number, signal.SIG_DFL)  # the second one ends it
+        os.write(1, b"stopping after this step; again: at once\n")
 
-    def gather(self, value) -> list:
-        """The values of all ranks, in rank order, on every rank."""
+    def gather(self, value):
+        """The values of all ranks, on every rank."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def on_rank_0(self, function: Callable):
-        """Its result on rank 0, or its BadInput, on every rank; the others wait."""
-        try:
-            result = function() if self.rank == 0 else None
-        except BadInput as error:
-            result = error
-        result = self.gather(result)[0]
-        if isinstance(result, BadInput):
-            raise result
-        return result
-
-    def say(self, text: str) -> None:
+    def say(self, text):
         if self.rank == 0:
-            tqdm.write("\n".join(map(escaped, text.split("\n"))))
-            sys.stdout.flush()
+            print(text, flush=True)
 
-    def load(self, name: str) -> tuple[Model, Model]:
-        """The model to train, and the one to sample from: the same, or a copy in bfloat16 (see `refresh`)."""
-        self.on_rank_0(lambda: resolve_model(name))  # one downloads, then all find it in the cache
-        model = load_model(resolve_model(name), self.device)
-        large = num_parameters(model) >= 1e9
-        model.checkpointing = large if self.cfg.checkpointing == "auto" else self.cfg.checkpointing == "on"
-        model.compute_dtype = self.dtype
-        wide = self.dtype == torch.float32
-        return model, model if wide else copy.deepcopy(model).to(self.dtype).requires_grad_(False)
+    def load(self, by_size):
+        """The model to train and the one to sample from: on a GPU a bfloat16 copy."""
+        model = load_model(resolve_model(self.cfg.model), self.device)
+        size = sum(p.numel() for p in model.parameters())
+        model.checkpointing, model.compute_dtype = size > 1e9, self.dtype
+        for name, values in by_size.items():
+            gpu = name == "micro_batch_tokens" and self.device.type == "cuda"
+            if not getattr(self.cfg, name):
+                setattr(self.cfg, name, values[2 if gpu else (size > 1e7) + (size > 1e9)])
+        if self.dtype == torch.float32:
+            return model, model
+        return model, copy.deepcopy(model).to(self.dtype).requires_grad_(False)
 
-    def refresh(self, to: Model, model: Model) -> None:
-        """Copy the trained weights into the sampling copy, in place, so that captured graphs stay valid."""
-        if to is not model:
-            with torch.no_grad():
-                torch._foreach_copy_(list(to.parameters()), list(model.parameters()))
+    @torch.no_grad()
+    def refresh(self, to, model):
+        """Copy the weights in place."""
+        torch._foreach_copy_(list(to.parameters()), list(model.parameters()))
 
-    def choose(self, model: Model, by_size: dict[str, tuple]) -> dict:
-        """Set the flags whose 0 means "by model size": for under 10 M parameters, under 1 B, and above."""
-        column = (num_parameters(model) >= 10e6) + (num_parameters(model) >= 1e9)
-        chosen = {name: values[column] for name, values in by_size.items() if not getattr(self.cfg, name)}
-        for name, value in chosen.items():
-            setattr(self.cfg, name, value)
-        return chosen
-
-    def open(self, model: Model, prompter: Prompter, chosen: dict, batch: str) -> None:
-        """Make the run folder, or take the one to resume; write run.json; say what is about to happen."""
-        cfg = self.cfg
+    def start(self, model, optimizer, prompter):
+        """Make the run folder or resume; returns the state."""
+        cfg, script, state = self.cfg, Path(__file__), {"step": 0}
         example = prompter.text(prompter.task.problem("train", cfg.seed, 0))
-        if cfg.eval_problems:
-            heldout(prompter.task, cfg.eval_problems)  # complains before anything is written
-        self.folder = self.on_rank_0(self.find_folder)
-        self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
-        if self.rank == 0 and not cfg.check:  # also when resuming: flags may have changed
-            about = {"script": Path(__file__).name, "command": " ".join(sys.argv), "config": asdict(cfg)}
-            if cfg.resume:  # the first start chose
-                chosen |= read_json(self.folder / "run.json").get("chosen", {})
-            about |= {"chosen": chosen, "device": str(self.device), "dtype": str(self.dtype), "ranks": self.world}
-            about["versions"] = {name: version(name) for name in ("torch", "tokenizers", "numpy")}
-            write_atomically(self.folder / "run.json", json.dumps(about, indent=2))
-            if not cfg.resume:
-                shutil.copyfile(__file__, self.folder / Path(__file__).name)
-        why = "as asked" if cfg.device != "auto" else "found" if self.device.type != "cpu" else "no CUDA device"
-        capacity = len(prompter.encode(example)) + cfg.max_new_tokens
-        plan = memory_plan(model, rows_at_once(model, capacity), capacity, cfg.micro_batch_tokens, self.dtype)
-        self.say(
-            f"device {self.device} ({why}), products in {self.dtype}, {self.world} rank(s)\n"
-            f"model  {cfg.model}: {num_parameters(model) / 1e6:.2f} M parameters from {model.folder}\n"
-            f"task   {cfg.task}, style {prompter.style}: {escaped(example)}\n"
-            f"batch  {batch}\nchosen by model size: {chosen or 'nothing'}\n"
-            f"memory {plan} GB\nfolder {self.folder}"
-        )
-        self.bar = tqdm(total=cfg.steps, disable=None if self.rank == 0 else True, unit="step")
-
-    def find_folder(self) -> Path:
-        if self.cfg.resume:
-            need(checkpoints(Path(self.cfg.resume)), f"--resume {self.cfg.resume}: no checkpoint there; start again")
-        if self.cfg.check or self.cfg.resume:
-            return Path(self.cfg.out if self.cfg.check else self.cfg.resume)
-        default = f"out/{Path(__file__).stem}-{self.cfg.task.partition(':')[0]}-{self.cfg.seed}"
-        folder, number = Path(self.cfg.out or default), 2
-        at = "".join(f" at step {int(p.name[5:])}" for p in checkpoints(folder)[-1:])
-        ways = f"Continue: --resume {folder}   New folder: --out {folder}-2"
-        need(not self.cfg.out or not (folder / "run.json").exists(), f"{folder} holds a run{at}. {ways}")
-        while not self.cfg.out and folder.exists():
-            folder, number = Path(f"{default}-{number}"), number + 1
-        try:
-            folder.mkdir(parents=True, exist_ok=bool(self.cfg.out))
-        except OSError as error:
-            raise BadInput(f"--out {folder} cannot be made ({error.strerror}); name another folder") from None
-        return folder
-
-    def log(self, step: int, metrics: dict[str, float], show: tuple[str, ...] = ()) -> None:
-        """Append a line to metrics.jsonl; move the bar, or print a plain line where there is no terminal."""
+        heldout(prompter.task, cfg.eval_problems)  # complains
+        now = time.strftime("%y%m%d-%H%M%S")
+        name = f"out/{script.stem}-{cfg.task.split(':')[0]}-{cfg.seed}-{now}"
+        if not cfg.resume and (Path(cfg.out or name) / "run.json").exists():
+            raise BadInput(f"--out {cfg.out} holds a run: --resume it")
+        self.folder = Path(self.gather(cfg.resume or cfg.out or name)[0])
+        self.metrics = self.folder / "metrics.jsonl"
+        self.samples = self.folder / "samples.jsonl"
+        if cfg.resume:
+            state = self.resume(model, optimizer)
+        about = {"script": script.name, "command": " ".join(sys.argv), "config": asdict(cfg)}
+        about |= {"device": f"{self.world} {self.device}", "torch": torch.__version__}
         if self.rank == 0:
-            line = {"step": step, "seconds": round(time.time() - self.started, 2)}
-            line |= {name: round(value, 6) for name, value in metrics.items() if math.isfinite(value)}
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            shown = {name: f"{line[name]:.4g}" for name in show if name in line}
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update(step - self.bar.n)
-            if self.bar.disable:
-                self.say(f"step {step}/{self.cfg.steps} {shown} {line['seconds']:.0f} s".replace("'", ""))
+            with reading(f"--out {self.folder}"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "run.json").write_text(json.dumps(about, indent=2))
+                shutil.copy(script, self.folder)
+        self.say(f"{about}\n{example!r}\nfolder {self.folder}")
+        return state
 
-    def keep_samples(self, step: int, prompter: Prompter, done: list[Completion], advantages: list) -> None:
-        """Append completions, token by token, to samples.jsonl, up to 20 MB in a run."""
-        if self.rank or self.samples.exists() and self.samples.stat().st_size > 20e6:
-            return
-        with self.samples.open("a", encoding="utf-8") as file:
-            for c, advantage in zip(done, advantages, strict=True):
-                line = {"step": step, "group": c.number, "problem": c.problem, "prompt": prompter.decode(c.prompt)}
-                line |= {"tokens": c.tokens, "pieces": [prompter.decode([i]) for i in c.tokens]}
-                line |= {"mask": [1] * len(c.tokens), "logprobs": [round(p, 4) for p in c.logprobs]}
-                line |= {"rewards": c.score, "advantage": round(advantage, 4), "truncated": not c.finished}
+    def resume(self, model, optimizer):
+        """Load the newest checkpoint; drop later lines of the logs."""
+        with reading(f"checkpoint of {self.folder}"):
+            folder = checkpoints(self.folder)[-1]
+            self.refresh(model, load_model(folder, self.device))
+            state = torch.load(folder / "trainer.pt", self.device, weights_only=True)
+            optimizer.load_state_dict(state["optimizer"])
+        for log in (self.metrics, self.samples):
+            if self.rank == 0 and log.exists():
+                lines = log.read_text().split("\n")[:-1]  # without half a line
+                kept = [line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]]
+                log.write_text("".join(kept))
+        return state
+
+    def log(self, step, metrics, show=()):
+        """A line in metrics.jsonl, and in short on the screen."""
+        line = {"step": step, "seconds": time.time() - self.started, **metrics}
+        line = {name: round(x, 6) for name, x in line.items() if math.isfinite(x)}
+        shown = ", ".join(f"{name} {line[name]:.4g}" for name in show if name in line)
+        self.say(f"step {step}/{self.cfg.steps}: {shown}, {line['seconds']:.0f} s")
+        if self.rank == 0:
+            with self.metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def update(self, model: Model, optimizer: torch.optim.Optimizer, lr: float, clip: float = 1.0) -> float:
-        """Sum the gradients over the ranks, clip, step; their norm before clipping. Where that is not finite, it is
-        so on all ranks: the step is skipped, and five in a row stop the run.
-        """
+    def keep_samples(self, step, prompter, done, advantages):
+        """Write completions to samples.jsonl; print one every ten steps."""
+        if self.rank == 0 and done:
+            with self.samples.open("a") as file:
+                for c, advantage in zip(done, advantages, strict=False):
+                    if file.tell() < 2e7:
+                        file.write(json.dumps(c.line(step, advantage, prompter.decode)) + "\n")
+            if step % 10 == 1:
+                self.say(f"{prompter.text(c.problem)!r} {c.text!r} {c.score}")
+
+    def update(self, model, optimizer, lr):
+        """Sum the gradients over ranks, clip their norm at 1, step; the norm."""
         for weight in model.parameters():
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            if self.world > 1:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            if self.world > 1:  # DDP averages, and needs equally many passes
                 dist.all_reduce(weight.grad)
-        norm = float(nn.utils.clip_grad_norm_(model.parameters(), clip))
-        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
-        if not self.skipped:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        self.skipped[optimizer] = 0 if math.isfinite(norm) else self.skipped.get(optimizer, 0) + 1
+        if self.skipped[optimizer] == 5:
+            raise FloatingPointError("five bad gradients in a row")
+        if self.skipped[optimizer]:
+            self.say("bad gradient: no update")
         else:
-            count = f"{self.skipped} in a row, 5 stop the run"
-            self.say(f"note: gradient not finite; update skipped on all ranks ({count})")
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if self.skipped == 5:
-            stop = FloatingPointError("five gradients in a row were not finite: lower --lr, look at samples.jsonl")
-            raise stop if self.rank == 0 else SystemExit(1)  # all ranks stop, one says why
         return norm
 
-    def after_step(self, step: int, model: Model, optimizer: torch.optim.Optimizer, **extra) -> bool:
-        """Save where it is due; True on all ranks at once as soon as one of them got Ctrl-C or SIGTERM."""
+    def after_step(self, step, model, optimizer, keep=2, **state):
+        """Save where it is due; True on all ranks if one got Ctrl-C or SIGTERM."""
         self.signal = max(self.gather(self.signal))
         due = self.cfg.save_every and step % self.cfg.save_every == 0
-        if self.signal or due or step == self.cfg.steps:
-            self.save(step, model, optimizer, **extra)
-        return self.signal > 0 and step < self.cfg.steps
-
-    def save(self, step: int, model: Model, optimizer: torch.optim.Optimizer, keep: int = 2, **extra) -> None:
-        """Write step-N, a Hugging Face folder with trainer.pt; it appears whole or not at all, then old ones go."""
-        folder = self.folder / f"step-{step:06d}"
-        if self.rank == 0:
+        if self.rank == 0 and (self.signal or due or step == self.cfg.steps):
+            folder = self.folder / f"step-{step:06d}"  # appears whole or not at all
             unfinished = folder.with_suffix(".tmp")
-            for stale in self.folder.glob("step-*.tmp"):
-                shutil.rmtree(stale)
-            state = {"step": step, "world": self.world, "optimizer": optimizer.state_dict(), **extra}
-            try:
-                save_model(model, unfinished)
-                torch.save(state, unfinished / "trainer.pt")
-            except (OSError, RuntimeError, SafetensorError) as error:  # a full disk
-                raise OSError(f"{folder} cannot be written ({first_line(error)}); the one before is whole") from None
-            if folder.exists():
-                shutil.rmtree(folder)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            save_model(model, unfinished)
+            state |= {"step": step, "optimizer": optimizer.state_dict()}
+            torch.save(state, unfinished / "trainer.pt")
             unfinished.rename(folder)
             for old in checkpoints(self.folder)[:-keep]:
                 shutil.rmtree(old)
         self.gather(0)  # all wait for the disk
+        return self.signal > 0
 
-    def resume(self, model: Model, optimizer: torch.optim.Optimizer) -> dict:
-        """Load the newest whole checkpoint into model and optimizer; returns what else `save` wrote, "step" among
-        it. What the logs hold beyond that step is dropped.
-        """
-        for folder in reversed(checkpoints(Path(self.cfg.resume))):
-            try:
-                saved = load_model(folder, self.device)
-                state = torch.load(folder / "trainer.pt", map_location=self.device, weights_only=True)
-                self.refresh(model, saved)
-                optimizer.load_state_dict(state["optimizer"])
-                step, world = state["step"], state["world"]
-            except (ValueError, OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.PickleError) as error:
-                self.say(f"note: {folder} cannot be read ({first_line(error)}); taking the one before")
-                continue
-            if world != self.world:
-                self.say(f"note: a run of {world} rank(s) goes on with {self.world}")
-            for log in (self.metrics, self.samples) if self.rank == 0 else ():
-                cut_log(log, step)
-            self.say(f"resumed from {folder}")
-            return state
-        raise BadInput(f"--resume {self.cfg.resume}: no checkpoint there can be read; start again without --resume")
-
-    def interrupted(self, step: int) -> int:
-        """Say how to go on; the exit code."""
-        self.bar.close()
-        name, script = signal.Signals(self.signal).name.replace("SIGINT", "Ctrl-C"), Path(__file__).name
-        saved = f"saved {self.folder}/step-{step:06d}. Continue: python {script} --resume {self.folder}"
-        self.say(f"{script}: stopped by {name} after step {step}; {saved}")
-        return 128 + self.signal
-
-    def finish(self, model: Model, prompter: Prompter) -> int:
-        """Evaluate what came out and what it started from, print both, and where everything lies; the exit code."""
-        self.signal = -1  # all is saved: from here on Ctrl-C leaves at once
-        after, script = evaluate(self, model, prompter, self.cfg.steps), Path(__file__).name
-        before = after
-        if self.cfg.steps:  # --steps 0 only evaluates
+    def report(self, model, prompter):
+        """Evaluate after and before, print both; the exit code."""
+        go_on = f"go on: python {sys.argv[0]} --resume {self.folder}"
+        if self.signal:
+            self.say(f"stopped and saved; {go_on}")
+            return 128 + self.signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        after = before = evaluate(self, model, prompter, self.cfg.steps)
+        if self.cfg.steps:
             start = load_model(model.folder, self.device).to(model.lm_head.weight.dtype)
             start.compute_dtype = model.compute_dtype
             before = evaluate(self, start, prompter, 0)
-        self.bar.close()
-        if self.cfg.check:
-            self.say("check passed")
-            return 0
         for name, value in after.items():
-            if not name.endswith("_se"):
-                errors = [f" +- {m[name + '_se']:.3f}" if name + "_se" in m else "" for m in (before, after)]
-                self.say(f"{name:28}{before[name]:8.3f}{errors[0]} -> {value:8.3f}{errors[1]}")
-        logs = ", ".join(str(log) for log in (self.metrics, self.samples) if log.exists())
-        self.say(
-            f"model   {(checkpoints(self.folder) or [model.folder])[-1]}\nlog     {logs}\n"
-            f"go on   python {script} --resume {self.folder} --steps {2 * self.cfg.steps}\n"
-            f"report  python docs/report.py {self.folder}"
-        )
+            self.say(f"{name:28}{before[name]:8.3f} -> {value:8.3f}")
+        self.say(f"{go_on} --steps {2 * self.cfg.steps}")
         return 0
 
 
-def mean(values) -> float:
-    """The mean; nan of nothing."""
-    values = list(values)
-    return float(sum(values)) / len(values) if values else math.nan
-
-
-def escaped(text: str) -> str:
-    """Text on one line, control characters written out, so that no sample can steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def rows_at_once(model: Model, capacity: int) -> int:
-    """How many rows of `capacity` tokens to sample together: at most 256, with a cache of at most 1 GB (GPU: 20)."""
-    heads, layers = model.config["num_key_value_heads"], model.config["num_hidden_layers"]
-    per_row = 2 * layers * heads * model.head_dim * capacity * (model.compute_dtype or torch.float32).itemsize
-    return max(1, min(256, int((1e9 if model.lm_head.weight.device.type == "cpu" else 20e9) / per_row)))
-
-
-def num_parameters(model: Model) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if p.name[5:].isdigit())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    path.with_name(path.name + ".tmp").write_text(text, encoding="utf-8")
-    path.with_name(path.name + ".tmp").replace(path)
-
-
-def cut_log(log: Path, step: int) -> None:
-    """Drop the lines of a log beyond a step, and a last one that is not whole."""
-    text = log.read_text(encoding="utf-8") if log.exists() else ""
-    try:
-        kept = "".join(line + "\n" for line in text.split("\n")[:-1] if json.loads(line)["step"] <= step)
-    except (LookupError, RecursionError, TypeError, ValueError) as error:
-        raise BadInput(f"{log} has a line without a step ({first_line(error)}); take it out") from None
-    if kept != text:
-        write_atomically(log, kept)
-
-
-def logits_at_once(model: Model) -> int:
-    """How many logits to hold in memory; on a CPU 32 MB of them, which the allocator gives to the next ones."""
-    return 2**23 if model.lm_head.weight.device.type == "cpu" else 2**26
-
-
-def memory_plan(model: Model, rows: int, capacity: int, micro_tokens: int, dtype: torch.dtype) -> dict[str, float]:
-    """GB of each large thing in a run: weights and optimizer in float32, the rest in `dtype`, logits in float32."""
-    c, weights, size, layers = model.config, num_parameters(model), dtype.itemsize, model.config["num_hidden_layers"]
-    inside = 14 * c["hidden_size"] + 4 * c["intermediate_size"]  # what one layer stores per token for its backward
-    kept = layers * c["hidden_size"] + inside if model.checkpointing else layers * inside
-    plan = {"weights, gradients, Adam": 16 * weights} if micro_tokens else {"weights": 4 * weights}
-    plan["sampling copy"] = 0 if size == 4 else size * weights
-    plan["KV cache"] = 2 * layers * rows * c["num_key_value_heads"] * capacity * model.head_dim * size
-    plan["activations"] = micro_tokens * kept * size
-    plan["logits"] = 12 * min(logits_at_once(model), micro_tokens * c["vocab_size"])
-    return {name: round(count / 1e9, 3) for name, count in plan.items()} | {"all": round(sum(plan.values()) / 1e9, 2)}
-
-
-def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
-    """Run a script; the exit code: 0 done, 1 runtime fault, 2 bad usage or input, 130 Ctrl-C, 143 SIGTERM."""
-
-    def fail(message: str, code: int) -> int:
-        where = "" if os.environ.get("RANK", "0") == "0" else f"rank {os.environ['RANK']}: "
-        if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0":  # a fault may be one rank's, bad input one machine's
-            print(f"{Path(__file__).name}: error: {where}{escaped(message)}", file=sys.stderr)
-        return code
-
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fresh memory costs a tenth of the page faults
-    try:
-        cfg = parse_config(config, argv)
-        with tempfile.TemporaryDirectory() as temporary:
-            cfg.out = temporary if cfg.check else cfg.out
-            return train(cfg)
-    except BadInput as error:
-        return fail(str(error), 2)
-    except (FloatingPointError, OSError) as error:
-        whole = "; the last checkpoint is whole, --resume goes on from it" if getattr(error, "errno", None) else ""
-        return fail(f"{error}{whole}", 1)
-    except (RuntimeError, MemoryError) as error:
-        what = first_line(error)
-        if any(words in what for words in ("closed by peer", "reset by peer", "imed out", "timeout")):
-            return fail(f"another rank ended or hangs ({what}); --resume goes on from the last checkpoint", 1)
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
-            raise
-        return fail(f"out of memory ({what}); try half of --micro_batch_tokens; --check prints a plan", 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdigit())
 
 
 # <<< shared: run
 
 
-# >>> shared: config (same text in every script that has it; see tests/test_shared_blocks.py)
+# >>> shared: config
 def parse_config(config: type, argv: list[str] | None = None):
-    """The command line as an instance of the dataclass `config`, one flag per field. --resume brings the settings of
-    that run, which flags given beside it override. Raises BadInput for anything it does not understand.
-    """
-    script, flags = Path(__file__).name, {f.name: f for f in fields(config)}
-    argv = sys.argv[1:] if argv is None else argv
-
-    def complain(message: str) -> None:
-        raise BadInput(f"{message}; python {script} --help lists all flags")
-
-    runs = [line.partition("#")[0].rstrip() for line in __doc__.splitlines() if line.startswith("    python ")]
-    epilog = "\n".join(["examples:", *runs[:2], f"short model names: {', '.join(SHORT_NAMES)}"])
-    parser = argparse.ArgumentParser(script, description=__doc__, epilog=epilog, allow_abbrev=False)
-    parser.error, parser.formatter_class = complain, argparse.RawDescriptionHelpFormatter
-    for name, f in flags.items():
-        text = f"{f.metadata['help']} (default: {f.default if f.default != '' else 'none'})".replace("%", "%%")
+    """The command line as a `config`; --resume starts from the settings of a run."""
+    parser = argparse.ArgumentParser(Path(__file__).name, argparse.SUPPRESS, __doc__)
+    parser.formatter_class, parser.allow_abbrev = argparse.RawDescriptionHelpFormatter, False
+    for f in fields(config):
         kind = {"type": type(f.default), "choices": get_args(f.type) or None}
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else kind
-        parser.add_argument(f"--{name}", default=f.default, help=text, **kind)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        words = {f.metadata["help"].split(",")[0].replace(" ", "_"): name for name, f in flags.items()}
-        words |= {name: name for name in flags}
-        close = get_close_matches(unknown[0].lstrip("-").split("=")[0], words, n=1)
-        hint = f"did you mean --{words[close[0]]}?" if close else "see --help"
-        raise BadInput(f"unknown flag {unknown[0]}; {hint}")
-    if given.resume:
-        runs = Path("out").glob(f"{Path(script).stem}-*/run.json")
-        newest = max(runs, key=lambda path: path.stat().st_mtime, default=Path("auto/run.json"))
-        folder = newest.parent if given.resume == "auto" else Path(given.resume)
-        need((folder / "run.json").is_file(), f"--resume {folder}: no run.json there; name the folder of a run")
-        need(not given.out, f"--resume {folder} goes on in that folder; leave --out {given.out} out")
-        run = read_json(folder / "run.json")
-        other, saved = run.get("script", script), run.get("config")
-        need(other == script, f"--resume {folder} is a run of {other}, not of {script}")
-        saved = {n: v for n, v in saved.items() if n in flags} if isinstance(saved, dict) else {}
-        need(saved, f"--resume {folder}: run.json there holds no settings")
-        words = [f"--{'no-' * (v is False)}{n}" + f"={v}" * (type(v) is not bool) for n, v in saved.items()]
-        parser.error = lambda message: complain(f"{folder / 'run.json'}: {message}")  # the flags are good by now
-        given = parser.parse_args([*words, *argv])
-        given.resume, given.out = str(folder), ""
-        names = [n for n in ("model", "task", "seed", "group_size") if n in saved]
-        differ = [f"--{n} {saved[n]} there, {getattr(given, n)} here" for n in names if getattr(given, n) != saved[n]]
-        need(not differ, f"--resume {folder} is another run ({'; '.join(differ)}); leave out what differs")
-    for name, f in flags.items():
-        value, least = getattr(given, name), f.metadata["least"]
-        good = not isinstance(value, (int, float)) or least <= value < math.inf
-        need(good, f"--{name} {value}: a number of at least {least} is needed")
-    return config(**vars(given))
+        if isinstance(f.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
+    cfg = parser.parse_args(argv)
+    if cfg.resume:
+        folder, out = cfg.resume, cfg.out
+        with reading(f"--resume {folder}"):
+            saved = read_json(Path(folder) / "run.json")["config"]
+            same = {name: saved[name] for name in ("model", "task", "seed")}
+            parser.set_defaults(**saved)
+        cfg = parser.parse_args(argv)
+        if out or saved.keys() != asdict(config()).keys() or not same.items() <= vars(cfg).items():
+            raise BadInput(f"--resume {folder} goes on there, with {same}")
+    for f in fields(config):
+        value, least = getattr(cfg, f.name), f.metadata["least"]
+        if isinstance(value, (int, float)) and not least <= value < math.inf:
+            raise BadInput(f"--{f.name} {value}: a number of at least {least} is needed")
+    return config(**vars(cfg))
+
+
+def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
+    """The exit code: 0 done, 1 fault, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a tenth of the page faults
+    try:
+        return train(parse_config(config, argv))
+    except (BadInput, FloatingPointError, OSError) as error:
+        code, message = 2 if isinstance(error, BadInput) else 1, error
+    except torch.OutOfMemoryError:
+        code, message = 1, "out of memory; halve --micro_batch_tokens"
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if int(os.getenv("LOCAL_RANK", 0)) == 0:
+        print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    return code
 
 
 # <<< shared: config
 
 
-# ------------------------------------------------------------------------ what this script adds to the machine
-
-
-class ThoughtPrompter(Prompter):
-    """Prompts and rows of a stage: question, newline, thoughts between their markers, steps, answer (eq. 2)."""
-
-    def __init__(self, model: Model, task, cfg: Config):
-        super().__init__(model, task, chat=False)
-        self.cfg, self.stage, self.stop = cfg, 0, ()
-        self.encode = lru_cache(2**16)(self.encode)  # the same few equations, again and again
-        self.ask = getattr(task, "compact" if self.style == "compact" else "question", task.question)
-        self.names = MARKERS[model.is_tiny]
-        self.markers = tuple(self.tokenizer.token_to_id(name) for name in self.names)
-        self.marked = cfg.mode in ("coconut", "pause", "no_curriculum")
-
-    def plan(self, problem: dict, stage: int, prompting: bool = False) -> tuple[int, int]:
-        cfg, count = self.cfg, len(self.task.steps(problem))
-        return stage_plan(cfg.mode, stage, count, cfg.c, cfg.max_stage, cfg.pad_latent_to_max, prompting)
-
-    def text(self, problem: dict) -> str:
-        thoughts = self.plan(problem, self.stage, prompting=True)[1]
-        return self.ask(problem) + "\n" + (self.names[0] + self.names[1] * thoughts + self.names[2]) * self.marked
-
-    def row(self, problem: dict, stage: int) -> tuple[list[int], list[int]]:
-        steps = [self.encode(step + "\n") for step in self.task.steps(problem)]
-        answer = self.encode(self.task.MARKER + self.task.answer(problem)) + self.end
-        markers = self.markers if self.marked else None
-        return layout(self.encode(self.ask(problem) + "\n"), steps, answer, markers, *self.plan(problem, stage))
-
-    def describe(self, c: Completion) -> dict[str, float]:
-        """Generated tokens: thoughts count, markers and the end token do not; a pause is read, not generated."""
-        thoughts = c.prompt.count(self.markers[1]) * (self.cfg.mode != "pause")
-        tokens = thoughts + len(c.tokens) - c.finished
-        return {"stage": self.stage, "thoughts": thoughts, "generated_tokens": tokens}
-
-
-Model.forward = thinking(Model.forward)  # a model whose config.json names a thought's place fills it, here and there
-Model.sharing = False  # `thinking` makes passes of its own
+one_pass, Model.forward = Model.forward, think
+plain_log, Run.log = Run.log, log_tokens
 
 
 if __name__ == "__main__":
-    sys.exit(record(main)(train, Config))
+    sys.exit(main(train, Config))

@@ -1,4 +1,4 @@
-"""Tasks, verifiers, shaped rewards, and what is done to traces: text and arithmetic, the one module that scripts share.
+"""Tasks, verifiers, shaped rewards: text and arithmetic, the one module that scripts share.
 
 A task poses problems and writes prompts, a scorer says what a sampled text is worth, the rest are formulas of
 papers. The reward of a completion is rule based (arXiv:2501.12948 sec. 2.2), with a small weight on layout:
@@ -16,7 +16,7 @@ it asks a child that ends when it is late, so that no answer takes two seconds.
 
 Sources: TinyZero, GRPO-Zero, nano-aha-moment for tasks; arXiv:2502.03373 for cosine and repetition rewards;
 DAPO arXiv:2503.14476 eq. 13; oat-zero and understand-r1-zero for keyword lists; arXiv:2107.03374 for pass@k;
-arXiv:2501.17161 for cards and navigation, 2505.13718 for knights; 2502.07374, 2502.03387, 2501.19393 for traces.
+arXiv:2501.17161 for cards and navigation, 2505.13718 for knights.
 """
 
 import faulthandler
@@ -35,15 +35,66 @@ import time
 import traceback
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
+from pickle import UnpicklingError
+from statistics import stdev
 from subprocess import DEVNULL, PIPE, Popen
+
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+
+MODELS = Path(__file__).resolve().parent / "models"  # the tiny models that default runs start from
 
 
 class BadInput(ValueError):
     """Something that the user gave is wrong; the message is one line: what, the value seen, what to do."""
+
+
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Where a library reads what the user gave: its error becomes one line of BadInput that names it.
+
+    >>> with reading("--lr"):
+    ...     float("fast")
+    Traceback (most recent call last):
+    rewards.BadInput: --lr: could not convert string to float: 'fast'
+    """
+    errors = OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError
+    try:
+        yield
+    except (*errors, SafetensorError, TemplateError, UnpicklingError) as error:
+        if isinstance(error, BadInput):
+            raise
+        text = " ".join(str(error).split())[:300]
+        name = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
+        raise BadInput(f"{what}: {name}{text}") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; BadInput names the file."""
+    with reading(path):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def resolve_model(name: str) -> Path:
+    """The folder of a model: a folder, one of models/, or from the hub, by owner/name or the name of a Qwen or SmolLM.
+
+    >>> resolve_model("tiny") == MODELS / "tiny"
+    True
+    """
+    for folder in (Path(name).expanduser(), MODELS / name):
+        if folder.is_dir():
+            return folder
+    from huggingface_hub import snapshot_download  # slow to import
+
+    owner = "Qwen" if name.startswith("Qwen") else "HuggingFaceTB"
+    repo = name if "/" in name else f"{owner}/{name}"
+    with reading(f"--model {name}: no folder here, and not on the hub"):
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
 
 
 # ---------------------------------------------------------------------------------------------------- scorers
@@ -290,6 +341,132 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n; got n={n}, c={c}, k={k}")
     return 1.0 - math.prod(max(0.0, 1 - k / j) for j in range(n - c + 1, n + 1))
+
+
+# ------------------------------------------------------------------------- what a batch of answers shows
+
+
+@dataclass
+class Completion:
+    """One sampled answer and what the verifier says of it."""
+
+    number: int  # of its problem
+    problem: dict
+    prompt: list[int]
+    tokens: list[int]  # with the end token
+    logprobs: list[float]
+    finished: bool  # ended by itself; else truncated
+    text: str
+    score: dict  # {"format", "answer", "correct", "total"}
+    reward: float = 0.0  # what the script makes of the score
+
+    def line(self, step: int, advantage: float, decode: Callable[[list[int]], str]) -> dict:
+        """What samples.jsonl keeps of it, token by token; decode turns ids into text."""
+        return {
+            "step": step,
+            "group": self.number,
+            "problem": self.problem,
+            "prompt": decode(self.prompt),
+            "tokens": self.tokens,
+            "pieces": [decode([i]) for i in self.tokens],
+            "mask": [1] * len(self.tokens),
+            "logprobs": [round(p, 4) for p in self.logprobs],
+            "rewards": self.score,
+            "advantage": round(advantage, 4),
+            "truncated": not self.finished,
+        }
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean; nan of nothing."""
+    values = list(values)
+    return float(sum(values)) / len(values) if values else math.nan
+
+
+def in_groups(values: list, size: int) -> list[list]:
+    """The values cut into lists of `size`; the last may be shorter."""
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Row numbers, longest first, in batches of one row or of at most max_tokens when padded to the longest.
+
+    >>> micro_batches([3, 9, 4, 8], 18)
+    [[1, 3], [2, 0]]
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def describe(done: list, task) -> dict[str, float]:
+    """Means over answers, also of what the task has to say of them (task.describe)."""
+    metrics = {
+        "accuracy": mean(c.score["correct"] for c in done),
+        "format": mean(c.score["format"] for c in done),
+        "clipped_ratio": mean(not c.finished for c in done),
+        "completion_length": mean(len(c.tokens) for c in done),
+    }
+    if hasattr(task, "describe"):
+        details = [task.describe(c.text, c.problem) for c in done]
+        metrics |= {name: mean(d[name] for d in details) for name in details[0]}
+    return metrics
+
+
+def describe_batch(done: list, group_size: int, task) -> dict[str, float]:
+    """A step's answers in numbers: rewards, lengths by outcome, groups without signal (equal rewards)."""
+    groups = in_groups(done, group_size)
+    correct = [sum(c.score["correct"] for c in group) for group in groups]
+    metrics = describe(done, task) | {
+        "tokens": sum(len(c.tokens) for c in done),
+        "reward": mean(c.reward for c in done),
+        "reward_std": stdev(c.reward for c in done) if len(done) > 1 else 0.0,
+        "frac_reward_zero_std": mean(len({round(c.reward, 8) for c in group}) == 1 for group in groups),
+        "frac_all_right": mean(count == group_size for count in correct),
+        "frac_all_wrong": mean(count == 0 for count in correct),
+    }
+    metrics["reward/format"] = metrics.pop("format")
+    for name, outcome in (("correct", True), ("wrong", False)):
+        some = [c for c in done if c.score["correct"] == outcome]
+        metrics[f"completion_length/{name}"] = mean(len(c.tokens) for c in some)
+        metrics[f"reflections/{name}"] = mean(reflection_count(c.text) for c in some)
+    return metrics
+
+
+def describe_evaluation(done: list, k: int, task) -> dict[str, float]:
+    """k answers to each problem in numbers, with pass@1, 2, 4, ... up to k.
+
+    accuracy_se is the standard error over problems; entropy that of the sampling distribution, in nats per token.
+    """
+    correct = [sum(c.score["correct"] for c in group) for group in in_groups(done, k)]
+    spread = stdev(correct) if len(correct) > 1 else 0.0
+    metrics = describe(done, task)
+    metrics["accuracy_se"] = spread / k / math.sqrt(len(correct))
+    metrics["entropy"] = -mean(p for c in done for p in c.logprobs)
+    for n in [2**power for power in range(k.bit_length())]:
+        metrics[f"pass@{n}"] = mean(pass_at_k(k, count, n) for count in correct)
+    return metrics
+
+
+def compare(records: list[dict]) -> dict[str, float]:
+    """Means of each way to answer; gap and speed-up against the base, problem by problem."""
+    metrics: dict[str, float] = {}
+    for way in dict.fromkeys(name for record in records for name in record):
+        both = [(record[way], record["base"]) for record in records if way in record]
+        rows = [row for row, _ in both]
+        gaps = [row["accuracy"] - base["accuracy"] for row, base in both]
+        m = {name: mean(row[name] for row in rows) for name in rows[0] if name != "marks"}
+        m["accuracy_se"] = math.sqrt(m["accuracy"] * (1 - m["accuracy"]) / len(rows))
+        m["gap"] = mean(gaps)
+        m["gap_se"] = stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+        m["speedup"] = mean(base["seconds"] for _, base in both) / m["seconds"]
+        m["acceptance"] = m["accepted"] / (m["drafted"] or 1)
+        m["alpha"] = m["passed"] / (m["tested"] or 1)
+        metrics |= {f"eval/{name}/{way}": value for name, value in m.items()}
+    return metrics
 
 
 # ------------------------------------------------------------------------------------------------- tasks
@@ -1294,30 +1471,6 @@ def strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
-class Windows:
-    """Next-token prediction on a text of token ids: random windows of its first nine tenths to train on, and those that
-    lie side by side in the last tenth to test on. `ids` of a problem has one token more than `length`.
-    """
-
-    def __init__(self, ids: Sequence[int], length: int):
-        self.ids, self.length, self.border = ids, length, len(ids) * 9 // 10
-        if len(ids) < 10 * (length + 2):
-            raise BadInput(f"a text of {len(ids)} tokens: {length} at a time need at least {10 * (length + 2)}")
-
-    def problem(self, split: str, seed: int, index: int) -> dict:
-        rng = random.Random(f"text {split} {seed} {index}")
-        start = rng.randrange(self.border - self.length)
-        if split == "test":
-            start = self.border + self.length * rng.randrange((len(self.ids) - self.border - 1) // self.length)
-        return {"ids": list(self.ids[start : start + self.length + 1])}
-
-    def key(self, problem: dict) -> str:
-        return str(problem["ids"])
-
-    def __str__(self) -> str:
-        return f"a text of {len(self.ids)} tokens"
-
-
 TASKS = {"countdown": Countdown, "multiplication": Multiplication, "gsm8k": GSM8K, "math": Math}
 TASKS |= {"affine": AffineChain, "s3": S3, "prosqa": ProsQA, "chains": Chains}
 TASKS |= {"generalpoints": GeneralPoints, "knights": KnightsAndKnaves, "navigation": Navigation}
@@ -1389,10 +1542,12 @@ def heldout(task: Task, count: int, seed: int = 0) -> list[dict]:
     """The first `count` problems of the test stream with distinct keys."""
     found = {}
     for index in range(200 * count):
+        if len(found) == count:
+            break
         problem = task.problem("test", seed, index)
         found.setdefault(task.key(problem), problem)
-        if len(found) == count:
-            return list(found.values())
+    if len(found) == count:
+        return list(found.values())
     raise BadInput(f"only {len(found)} distinct held-out problems of {task}; ask for fewer than {count}")
 
 
@@ -1467,81 +1622,6 @@ def read_problem(row: dict, field: str, scorer: Callable) -> dict:
 @functools.lru_cache(maxsize=4)
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"epoch {seed} {epoch}").sample(range(count), count)
-
-
-# ------------------------------------------------------------------------------------------------- traces
-# What sft.py does to the text of a trace before it is learnt: a thought, line by line, </think>, an answer.
-
-
-def shortened(trace: str, cot: str) -> str:
-    """A trace with all of its thought (long), the thought's last line (short), or none of it (none).
-
-    >>> shortened("2+3=5>1\\n3-2=1=1\\n</think><answer>3-2</answer>", "short")
-    '3-2=1=1\\n</think><answer>3-2</answer>'
-    """
-    thought, tag, answer = trace.partition("</think>")
-    lines = thought.splitlines(keepends=True)
-    return "".join(lines[{"long": 0, "short": -1, "none": len(lines)}[cot] :]) + tag + answer
-
-
-PERTURB = "shuffle", "delete", "insert", "digits", "answer"
-
-
-def perturbed(trace: str, rule: str, rng: random.Random, other: str = "") -> str:
-    """A trace damaged by a rule such as shuffle:0.67, none if it is empty. That share of the lines of the thought
-    changes places (shuffle), goes (delete) or gets a line of `other` in front (insert), or each of its digits is drawn
-    anew with that probability (digits). answer: with that probability the answer is wrong, every digit one more and
-    + and - exchanged. Source: arXiv:2502.07374 sec. 4, which also removes keywords.
-    """
-    kind, _, number = rule.partition(":")
-    if rule and (kind not in PERTURB or not re.fullmatch(r"0?\.[0-9]+|1", number)):
-        raise BadInput(f"--perturb {rule}: one of {', '.join(PERTURB)}, a colon and a share from 0 to 1 are needed")
-    share = float(number or 0)
-    thought, tag, answer = trace.partition("</think>")
-    lines, foreign = (text.partition("</think>")[0].splitlines(keepends=True) for text in (thought, other))
-    places = sorted(rng.sample(range(len(lines)), round(share * len(lines))))
-    if kind == "shuffle":
-        for place, line in zip(places, rng.sample([lines[i] for i in places], len(places)), strict=True):
-            lines[place] = line
-    elif kind == "delete":
-        lines = [line for i, line in enumerate(lines) if i not in places]
-    elif kind == "insert" and foreign:
-        for place in places[::-1]:
-            lines.insert(place, rng.choice(foreign))
-    elif kind == "digits":
-        damage = lambda digit: rng.choice("0123456789") if rng.random() < share else digit[0]  # noqa: E731
-        lines = [re.sub("[0-9]", damage, line) for line in lines]
-    elif kind == "answer" and rng.random() < share:
-        answer = answer.translate(str.maketrans("0123456789+-", "1234567890-+"))
-    return "".join(lines) + tag + answer
-
-
-def decontaminated(items: list[dict], heldout: list[str], n: int = 8) -> list[dict]:
-    """The items whose "prompt" shares no n words in a row with a held-out text; what most of these share is a template
-    and does not count. A text of fewer words counts as a whole. Source: arXiv:2501.19393 sec. 2.1.
-    """
-
-    def grams(text: str) -> set[tuple[str, ...]]:
-        words = re.findall(r"\w+|[^\w\s]", text.lower())
-        return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
-
-    counts = Counter(gram for text in heldout for gram in grams(text))
-    seen = {gram for gram, count in counts.items() if count <= max(1, len(heldout) / 2)}
-    return [item for item in items if not seen & grams(item["prompt"])]
-
-
-LIMO_WORDS = ("check", "verify"), ("perhaps", "might"), ("therefore", "since")  # verify, tentative, connective
-
-
-def limo_scores(items: list[dict]) -> list[float]:
-    """Rule score of each "completion" of some "length": .30 length + .20 verify + .25 tentative + .25 connective, the
-    word counts over the length, each feature over its largest value (how LIMO scales is not published, nor all words).
-    Source: arXiv:2502.03387 sec. 3.
-    """
-    counts = ([sum(map(i["completion"].lower().count, words)) for words in LIMO_WORDS] for i in items)
-    features = [(i["length"], *(n / i["length"] for n in row)) for i, row in zip(items, counts, strict=True)]
-    most = [max(column) or 1 for column in zip(*features, strict=True)]
-    return [sum(w * x / m for w, x, m in zip((0.3, 0.2, 0.25, 0.25), row, most, strict=True)) for row in features]
 
 
 # ------------------------------------------------------------------------------------------- expressions

@@ -1,9 +1,9 @@
 """Turn one or several run folders into one HTML page that needs nothing but itself, a picture, or a look at one group.
 
-    python docs/report.py out/grpo-countdown-0                      writes out/grpo-countdown-0/report.html
+    python docs/report.py out/grpo-0                                writes out/grpo-0/report.html
     python docs/report.py out/grpo-* out/nsr-* --out compare.html   runs overlaid, differing settings first
     python docs/report.py out/grpo-* --out grpo.svg --show reward,completion_length     a picture of these metrics
-    python docs/report.py out/grpo-countdown-0 --explain 16         one group of step 16, token by token, as text
+    python docs/report.py out/grpo-0 --explain 16                   one group of step 16, token by token, as text
 
 The page shows each evaluation metric before and after; pass@k of the base and of each run where k takes several
 values, as a table and over log2 k, several runs by script and mode; accuracy over thinking tokens, the cap side and the
@@ -123,11 +123,11 @@ def read_jsonl(path: Path, notes: list) -> list[dict]:
 
 
 def read_settings(path: Path) -> dict:
-    """Setting -> HTML of its value: flags, what the script chose, versions, device, command."""
+    """Setting -> HTML of its value: the flags, then what else the script noted (device, torch, command)."""
     about = parse(path.read_bytes(), str(path))
-    parts = (("", "config"), ("chosen: ", "chosen"), ("version: ", "versions"))
-    found = {mark + key: value for mark, part in parts for key, value in as_dict(about.get(part)).items()}
-    found |= {key: about.get(key) for key in ("script", "device", "command")}
+    found = as_dict(about.pop("config", {}))
+    for name, value in about.items():
+        found |= {f"{name}: {key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
     return {key: esc(value, 400) or "&ldquo;&rdquo;" for key, value in list(found.items())[-MAX_SETTINGS:]}
 
 
@@ -137,7 +137,7 @@ def load_run(folder: Path, name: str, index: int) -> Run:
     if not folder.is_dir():
         raise ValueError(f"no such folder: {folder} (give the folder that holds metrics.jsonl)")
     if not (folder / "metrics.jsonl").is_file():
-        inner = min(folder.glob("*/metrics.jsonl"), default=Path("out/grpo-countdown-0/metrics.jsonl"))
+        inner = min(folder.glob("*/metrics.jsonl"), default=Path("out/grpo-0/metrics.jsonl"))
         raise ValueError(f"no metrics.jsonl in {folder}: give the folder of one run, such as {inner.parent}")
     if (folder / "run.json").is_file():
         run.settings = read_settings(folder / "run.json")
@@ -623,9 +623,9 @@ def picture(runs: list[Run], names: list[str]) -> str:
     A name is a metric (over steps), one with a * for a number (over log2 of it, at the last evaluation), ACROSS:UP, two
     metrics with a * each (one over the other), or thinking (both pictures of budget_forcing.py).
     """
-    arms: dict[str, list[Run]] = {}  # runs whose names differ in the number behind them, the seed, share a colour
+    arms: dict[str, list[Run]] = {}  # runs whose names differ in the seed, and the time after it, share a colour
     for run in runs:
-        arms.setdefault(re.sub(r"-\d+$", "", run.name), []).append(run)
+        arms.setdefault(re.sub(r"-\d+(-\d{6}-\d{6})?$", "", run.name), []).append(run)
     for i, of_arm in enumerate(arms.values()):
         for run in of_arm:
             run.css = f"c{i % 8} d{i // 8 % 3}"
@@ -753,7 +753,8 @@ def check_equation_1(flags: dict, rows: list[dict]) -> str:
     told = f"eq. 1 from the totals above (mean {mean:.3f}, std {std:.3f}) "
     if gap < 2e-4:
         return told + "gives the stored advantages"
-    more = [f"--{name} {flags[name]}" for name in ("overlong_cache", "language_weight") if flags.get(name)]
+    usual = {"overlong_cache": 0, "language_weight": 0, "format_weight": 0.1}  # with these the total is the reward
+    more = [f"--{name} {flags[name]}" for name, value in usual.items() if flags.get(name, value) != value]
     return told + f"misses the stored advantages by {gap:.3f}: totals lack {', '.join(more) or 'a part of the reward'}"
 
 
@@ -866,7 +867,8 @@ def explain_steps(folder: Path, flags: dict, row: dict) -> list[str]:
             points, right = marks[i - first]
             head += f": the draft's step got {points:.3g} points and was "
             head += "kept" if points >= threshold else "refused; the base wrote this one"
-            head += f" (a solver says: the draft's was {'right' if right else 'wrong'})"
+            if right is not None:  # a solver was asked, by docs/experiments/specreason.py
+                head += f" (a solver says: the draft's was {'right' if right else 'wrong'})"
         lines += ["", *prose("", head, 0), *token_lines(step, {}, t)]
         t += len(step)
     lines.append("")

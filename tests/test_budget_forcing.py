@@ -1,11 +1,14 @@
-"""budget_forcing.py: the reference's state machine, its cache against recomputation, metrics, votes; the script."""
+"""budget_forcing.py and its baselines: the reference's state machine, the cache, metrics, votes."""
 
 import doctest
+import importlib.util
 import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,16 +16,27 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import lines_of
+from conftest import ROOT, lines_of, metrics_of
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import budget_forcing as bf  # noqa: E402
-import rewards  # noqa: E402
+import budget_forcing as bf
+import rewards
 
-PATH = Path(os.environ.get("VECTORS") or Path(__file__).parent / "vectors") / "test_time.json"
+
+def load(name: str, path: Path):
+    """A module of docs/ that no import finds, or finds under the name of another."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+tool = load("budget_forcing_baselines", ROOT / "docs/experiments/budget_forcing.py")
+PATH = Path(os.environ.get("VECTORS") or ROOT / "tests/vectors") / "test_time.json"
 VECTORS = json.loads(PATH.read_text(encoding="utf-8")) if PATH.is_file() else {}
-S1 = {"think_stop": "<|im_start|>", "think_end": "<|im_start|>answer", "final_prefix": "\nFinal Answer:"}
-SMALL = "--caps 4,8,12 --max_new_tokens 20 --eval_problems 3 --eval_samples 2 --waits 1,2 --tries 2"
+S1 = {"think_stop": "<|im_start|>", "think_end": "<|im_start|>answer"}
+S1["final_prefix"] = "\nFinal Answer:"
+SMALL = "--caps 4,8,12 --max_new_tokens 20 --eval_problems 3 --waits 1,2"
+MORE = f"{SMALL} --eval_samples 2 --tries 2"  # the tool's
 
 
 def vectors(section: str):
@@ -30,22 +44,24 @@ def vectors(section: str):
     return pytest.mark.parametrize("case", found, ids=[case["name"] for case in found])
 
 
-# ---------------------------------------------------------------------------------------- the scripted model
+# ------------------------------------------------------------------------- the scripted model
 
 
 class Tape(torch.nn.Module):
-    """A model that wants to say a row's tape, token by token; where one is forbidden it takes its next choice. It has
-    the parts of Model that force_budget uses, so the rows go through the loop that decodes real models.
+    """A model that wants to say a row's tape, token by token, or else its next choice there.
+
+    It has the parts of Model that force_budget uses: rows go through the loop of real models.
     """
 
-    is_tiny, head_dim, compute_dtype, vocab_bias = False, 1, None, None
+    is_tiny, compute_dtype, decoding = False, None, None
 
     def __init__(self, tapes: list[list[str]], words: list[str]):
         super().__init__()
         self.words = words + sorted({word for tape in tapes for word in tape} - set(words))
         self.tapes = [[self.words.index(word) for word in tape] for tape in tapes]
         self.at = [0] * len(tapes)
-        self.config = {"vocab_size": len(self.words), "num_hidden_layers": 1, "num_key_value_heads": 1}
+        self.config = {"vocab_size": len(self.words), "num_key_value_heads": 1, "head_dim": 1}
+        self.model = SimpleNamespace(layers=[None])
         self.lm_head = torch.nn.Linear(1, len(self.words), bias=False)
         self.eos_ids = [self.words.index("<|im_end|>")]
 
@@ -59,71 +75,91 @@ class Tape(torch.nn.Module):
     def decode(self, ids: list[int]) -> str:
         return "".join(self.words[i] for i in ids)
 
-    def forward(self, tokens, cache):  # the cache notes what it was fed: keys are the ids themselves
+    def forward(self, tokens, cache):  # notes what it was fed: keys are the ids themselves
         cache.append(0, *(tokens[:, None, :, None].float(),) * 2)
         cache.lengths += tokens.shape[1]
         return tokens[..., None].float()
 
     def logits(self, hidden, temperature):
-        wanted = torch.full((len(self.rows), len(self.words)), -1e4)
-        for i, row in enumerate(self.rows):
+        rows = range(len(self.tapes)) if self.decoding is None else self.decoding.rows.tolist()
+        wanted = torch.full((len(rows), len(self.words)), -1e4)
+        for i, row in enumerate(rows):
             for rank, token in enumerate(self.tapes[row][self.at[row] :]):
                 wanted[i, token] = max(wanted[i, token], -10.0 * rank)
         return wanted
 
 
-def play(monkeypatch, tapes: list[list[str]], options: list[dict], words=(), given=("Q", "<|im_start|>", "think")):
-    """Rows of the tapes, decoded together; also asserts that the cache held each row's ids before every draw."""
-    model = Tape(tapes, ["<|im_start|>", "<|im_end|>", "\n", "answer", "Final", " Answer", ":", *given, *words])
-    ids = [model.words.index(word) for word in given]
-    rows = [bf.Row(ids, bf.Rules(model.encode, model.decode, model.eos_ids, **o)) for o in options]
-    emit, drop = bf.emit, bf.Decoding.drop_finished
+GIVEN = "Q", "<|im_start|>", "think"
+
+
+def play(monkeypatch, tapes: list, options: list[dict], words=(), kind=bf.Row, tries: int = 1):
+    """Rows of the tapes, decoded together. At every step the cache holds what a row has read."""
+    model = Tape(tapes, ["<|im_end|>", "\n", "answer", "Final", " Answer", ":", *GIVEN, *words])
+    ids = [model.words.index(word) for word in GIVEN]
+    texts = model.encode, model.decode, model.eos_ids, ()
+    rows = [kind(ids, bf.Rules(*texts, **one)) for one in options]
+    emit, take, checked = bf.Decoding.emit, kind.take, [0]
 
     def watched_emit(s, logits):
         emit(s, logits)
-        for i, (row, token) in enumerate(zip(s.rows.tolist(), s.last[:, 0].tolist(), strict=True)):
-            if not rows[row].done:
-                model.at[row] = model.tapes[row].index(token, model.at[row]) + 1
-                cached = s.cache.keys[0, i, 0, : s.cache.lengths[i], 0]
-                assert cached.long().tolist() == rows[row].ids  # nothing is missing, nothing is left over
+        model.decoding = s
+        for i, row in enumerate(s.rows.tolist()):
+            cached = s.cache.keys[0][i, 0, : s.cache.lengths[i], 0].long().tolist()
+            assert rows[row].done or cached == rows[row].ids[: len(cached)]
+            checked[0] += cached == rows[row].ids
 
-    def watched_drop(s):
-        drop(s)
-        model.rows = s.rows.tolist()
+    def watched_take(row, token, logprob):
+        number = rows.index(row)
+        model.at[number] = model.tapes[number].index(token, model.at[number]) + 1
+        checked[0] -= 1  # each token drawn was drawn after the whole text so far
+        take(row, token, logprob)
 
-    monkeypatch.setattr(bf, "emit", watched_emit)
-    monkeypatch.setattr(bf.Decoding, "drop_finished", watched_drop)
-    model.rows = list(range(len(rows)))  # those in the batch
-    longest = max(row.rules.most_sampled for row in rows)
-    bf.force_budget(model, rows, torch.zeros(len(rows), longest), temperature=0.0)
-    assert all(row.done for row in rows)
+    monkeypatch.setattr(bf.Decoding, "emit", watched_emit)
+    monkeypatch.setattr(kind, "take", watched_take)
+    for row in rows:
+        row.rules.tries = tries
+    room = tries * max(row.rules.room for row in rows)
+    with torch.no_grad():
+        bf.force_budget(model, rows, torch.zeros(len(rows), room), 0.0)
+    assert all(row.done for row in rows) and checked[0] >= 0
     return model, rows
 
 
 def limits(case: dict) -> dict:
     given = case["input"]
     cap = given["max_tokens_thinking"] or given["max_gen_toks"]
-    options = {"max_thinking": cap, "max_answer": given["max_gen_toks"], "n_wait": given["n_ignore"]}
-    return options | {"wait": given["ignore_str"] or "", "mode": "per_round"} | S1
+    options = {"max_thinking": cap, "max_answer": given["max_gen_toks"]}
+    options |= {"n_wait": given["n_ignore"], "wait": given["ignore_str"] or ""}
+    return options | {"budget_mode": "per_round"} | S1
 
 
-def compare(model: Tape, row: "bf.Row", expected: dict) -> None:
-    calls = [{"max_tokens": r.max_tokens, "min_tokens": r.min_tokens, "finish": r.finish} for r in row.rounds]
-    emitted = [[model.words[i] for i in r.emitted] for r in row.rounds]
+def calls_of(model: Tape, row: bf.Row) -> list[dict]:
+    names = "max_tokens", "min_tokens", "finish"
+    calls = [{name: getattr(r, name) for name in names} for r in row.rounds]
+    words = [[model.words[i] for i in r.emitted] for r in row.rounds]
+    return [call | {"emitted": emitted} for call, emitted in zip(calls, words, strict=True)]
+
+
+def compare(model: Tape, row: bf.Row, expected: dict) -> None:
+    *calls, answer = calls_of(model, row)
     assert "<|im_start|>think" + row.text() == expected["final_text"]
-    assert [c | {"emitted": e} for c, e in zip(calls[:-1], emitted, strict=False)] == expected["thinking_calls"]
-    assert len(calls) - 1 == expected["n_thinking_calls"] and emitted[-1] == expected["answer_tokens_emitted"]
-    assert row.thinking_tokens == expected["tokens_sampled_in_thinking"]
-    assert row.waits == expected["delimiters_suppressed"] and row.forced == expected["end_forced_by_budget"]
-    assert calls[-1]["max_tokens"] == expected["answer_call_max_tokens"]
+    assert calls == expected["thinking_calls"]
+    assert len(calls) == expected["n_thinking_calls"]
+    assert answer["emitted"] == expected["answer_tokens_emitted"]
+    assert answer["max_tokens"] == expected["answer_call_max_tokens"]
+    record = row.record()
+    assert record["thinking"] == expected["tokens_sampled_in_thinking"]
+    assert record["waits"] == expected["delimiters_suppressed"]
+    assert record["forced"] == expected["end_forced_by_budget"]
     # what the answer stage saw: all but what it wrote itself
-    seen = [model.words[i] for i in row.ids[1 : len(row.ids) - len(emitted[-1])]]
+    seen = [model.words[i] for i in row.ids[1 : len(row.ids) - len(answer["emitted"])]]
     assert seen == expected["answer_prompt_tokens"]
-    assert row.was_cut == expected["tokens_fed_to_answer_stage_were_cut"]
-    assert len(row.sampled) == len(row.logprobs) == len(row.ids) - row.start
+    shown = model.decode(row.ids[row.start : row.answer_at])
+    assert expected["tokens_fed_to_answer_stage_were_cut"] or shown == row.thought
+    assert len(row.logprobs) == len(row.ids) - row.start
 
 
-WORDS = ("Wait", "Hmm")
+WORDS = "Wait", "Hmm"
 
 
 @vectors("budget_forcing")
@@ -148,42 +184,77 @@ def test_reference_in_one_batch(monkeypatch):
 def test_reference_readme(monkeypatch, case):
     """Its loop appends no boundary: with empty strings the same machine is that procedure."""
     given, expected = case["input"], case["expected"]
-    options = {"max_thinking": given["max_tokens_thinking"], "n_wait": given["num_ignore"], "wait": given["wait"]}
-    options |= {"max_answer": 32768, "think_stop": "<|im_start|>", "think_end": "", "final_prefix": ""}
+    options = {"max_thinking": given["max_tokens_thinking"], "n_wait": given["num_ignore"]}
+    options |= {"wait": given["wait"], "max_answer": 32768, "final_prefix": ""}
+    options |= {"think_stop": "<|im_start|>", "think_end": ""}
     model, (row,) = play(monkeypatch, [given["tape"]], [options], WORDS)
-    assert "<|im_start|>think" + row.text() == expected["generated_text"] and row.waits == expected["waits_inserted"]
-    calls = [{"max_tokens": r.max_tokens, "min_tokens": r.min_tokens, "finish": r.finish} for r in row.rounds]
-    emitted = [[model.words[i] for i in r.emitted] for r in row.rounds]
-    assert [c | {"emitted": e} for c, e in zip(calls, emitted, strict=True)] == expected["calls"]
+    assert "<|im_start|>think" + row.text() == expected["generated_text"]
+    assert row.waits == expected["waits_inserted"]
+    assert calls_of(model, row) == expected["calls"]
 
 
 @vectors("rejection_sampling")
 def test_reference_rejection(monkeypatch, case):
-    options = {"max_thinking": case["input"]["max_tokens_thinking"], "max_answer": 9, "mode": "reject", "tries": 5} | S1
-    _, (row,) = play(monkeypatch, [case["input"]["tape"]], [options])
+    options = {"max_thinking": case["input"]["max_tokens_thinking"], "max_answer": 9} | S1
+    _, (row,) = play(monkeypatch, [case["input"]["tape"]], [options], (), tool.Rejected, 5)
     expected, tries = case["expected"], row.rounds[:-1]
     assert "<|im_start|>think" + row.text() == expected["final_text"]
-    assert [len(r.emitted) for r in tries] == expected["tokens_per_try"] and len(tries) == expected["tries"]
+    assert [len(r.emitted) for r in tries] == expected["tokens_per_try"]
+    assert len(tries) == expected["tries"] and row.record()["filled"]
     assert {r.max_tokens for r in tries} == {expected["call_max_tokens"]}
 
 
 def test_rejection_gives_up(monkeypatch):
-    options = {"max_thinking": 1, "max_answer": 9, "mode": "reject", "tries": 2} | S1
-    _, (row,) = play(monkeypatch, [["a", "<|im_start|>", "b", "c", "d"]], [options])
-    assert row.done and row.thinking and row.text() == "" and [len(r.emitted) for r in row.rounds] == [2, 2]
+    options, tape = {"max_thinking": 1, "max_answer": 9} | S1, ["a", "<|im_start|>", "b", "c", "d"]
+    _, (row,) = play(monkeypatch, [tape], [options], (), tool.Rejected, 2)
+    assert row.thinking and row.text() == "" and [len(r.emitted) for r in row.rounds] == [2, 2]
+    record = row.record()
+    assert (record["filled"], record["answered"], record["thinking"]) == (False, False, 2)
+    assert (record["sampled"], record["score"]) == (4, 0.0)
 
 
 def test_delimiter_of_several_tokens(monkeypatch):
-    """A delimiter of three tokens, the first of which also ends a sentence: what precedes the delimiter stays."""
-    options = {"max_thinking": 20, "max_answer": 9, "n_wait": 1, "wait": "Wait", "think_end": "</think>"}
+    """Of three tokens, the first of which also ends a sentence: what precedes them stays."""
+    options = {"max_thinking": 20, "max_answer": 9, "n_wait": 1, "wait": "Wait"}
     tape = ["a", ".</", "think", ">", "b", "</", "think", ">", "<answer>", "c", "<|im_end|>"]
-    model, (row,) = play(monkeypatch, [tape], [options], (*WORDS, "</", "think", ">", ".", "<answer>"))
+    words = *WORDS, "</", "think", ">", ".", "<answer>"
+    model, (row,) = play(monkeypatch, [tape], [options], words)
     assert row.text() == "a.Waitb</think><answer>c"
-    assert row.waits == 1 and row.thinking_tokens == 8 and not row.forced
+    assert row.waits == 1 and row.record()["thinking"] == 8 and not row.forced
     assert [model.words[i] for i in row.ids[row.start :]][:4] == ["a", ".", "Wait", "b"]
 
 
-# ------------------------------------------------------------------------------------------------ a real model
+def test_no_wait_when_the_delimiter_took_the_last_of_the_budget(monkeypatch):
+    """Nor is the end forced: the model ended its thinking itself."""
+    options = {"max_thinking": 2, "max_answer": 9, "n_wait": 1, "wait": "Wait"} | S1
+    _, (row,) = play(monkeypatch, [["a", "<|im_start|>", "b", "<|im_end|>"]], [options], WORDS)
+    assert (row.waits, row.forced, row.text()) == (0, False, "a<|im_start|>answerb")
+
+
+class Even(Tape):
+    """All words are equally likely, so that a token tells which random number drew it."""
+
+    def logits(self, hidden, temperature):
+        return torch.zeros(len(hidden), len(self.words))
+
+
+def test_the_nth_draw_uses_the_nth_number():
+    model = Even([], ["<|im_end|>", "</think>", "\n", "<answer>", "wait", "a", "b"])
+    options = {"max_thinking": 20, "max_answer": 9, "n_wait": 2, "wait": "waitwait"}
+    rules = bf.Rules(model.encode, model.decode, model.eos_ids, (), **options)
+    rows = [bf.Row([5], rules) for _ in range(8)]
+    u = torch.from_numpy(np.stack([bf.row_uniforms(0, 0, i, 0, rules.room) for i in range(8)]))
+    bf.force_budget(model, rows, u, 1.0)
+    assert sum(row.waits for row in rows) > 4
+    for row, numbers in zip(rows, u.tolist(), strict=True):
+        numbers = iter(numbers)
+        for r in row.rounds:
+            for i, token in enumerate(r.emitted):
+                number = next(numbers)
+                assert i < r.min_tokens or token == int(7 * number)
+
+
+# ------------------------------------------------------------------------------- a real model
 
 
 @pytest.fixture(scope="module")
@@ -192,18 +263,19 @@ def tiny():
     return model, bf.Prompter(model, rewards.make_task("countdown"), False)
 
 
-def decode(tiny, count: int = 12, seed: int = 3, **options) -> list["bf.Row"]:
+def decode(tiny, count: int = 12, seed: int = 3, **options) -> list[bf.Row]:
     model, prompter = tiny
     problems = [prompter.task.problem("train", 7, i) for i in range(count)]
-    rules = bf.Rules(prompter.encode, prompter.decode, model.eos_ids, **({"max_answer": 24, "wait": "wait"} | options))
+    options = {"max_answer": 24, "wait": "wait"} | options
+    rules = bf.Rules(prompter.encode, prompter.decode, model.eos_ids, (), **options)
     rows = [bf.Row(prompter.encode(prompter.text(p)), rules) for p in problems]
-    streams = [bf.row_uniforms(seed, 0, i, 0, rules.most_sampled) for i in range(count)]
-    bf.force_budget(model, rows, torch.from_numpy(np.stack(streams)))
+    streams = [bf.row_uniforms(seed, 0, i, 0, rules.room) for i in range(count)]
+    bf.force_budget(model, rows, torch.from_numpy(np.stack(streams)), 1.0)
     return rows
 
 
 def test_log_probabilities_are_those_of_one_pass(tiny):
-    """Cuts, appended strings and several tokens at different offsets: the cache is as if all had been read at once."""
+    """Cuts and appended strings at different places: the cache is as if all was read at once."""
     model, compared = tiny[0], 0
     waited, capped = decode(tiny, max_thinking=90, n_wait=2), decode(tiny, max_thinking=33)
     assert any(row.waits == 2 for row in waited) and 3 <= sum(row.forced for row in capped)
@@ -211,181 +283,268 @@ def test_log_probabilities_are_those_of_one_pass(tiny):
         with torch.no_grad():
             logprobs = model.logits(model(torch.tensor([row.ids])))[0].log_softmax(-1)
         for i, token in enumerate(row.ids[row.start :]):
-            held = row.waits and i and not row.sampled[i - 1]  # its distribution had no delimiter
-            if row.sampled[i] and not held:
-                assert row.logprobs[i] == pytest.approx(logprobs[row.start + i - 1, token].item(), abs=2e-4)
-                compared += not row.sampled[i - 1]
-    assert compared >= 10  # right behind something appended
+            appended = i > 0 and row.logprobs[i - 1] is None
+            if row.logprobs[i] is None or appended and row.waits:
+                continue  # after a Wait its distribution had no delimiter
+            expected = logprobs[row.start + i - 1, token].item()
+            assert row.logprobs[i] == pytest.approx(expected, abs=2e-4)
+            compared += appended
+    assert compared >= 10  # right after something that was appended
 
 
 def test_larger_budgets_begin_as_smaller_ones(tiny):
     small, large = decode(tiny, max_thinking=20), decode(tiny, max_thinking=60)
     waits = decode(tiny, max_thinking=60, n_wait=2)
     for a, b, c in zip(small, large, waits, strict=True):
-        first = [r.rounds[0].emitted for r in (a, b, c)]
+        first = [row.rounds[0].emitted for row in (a, b, c)]
         assert first[0] == first[1][: len(first[0])] and first[1] == first[2]
-        assert a.thinking_tokens <= 20 and b.thinking_tokens <= 60 and c.thinking_tokens <= 60
+        assert a.record()["thinking"] <= 20
+        assert b.record()["thinking"] <= 60 and c.record()["thinking"] <= 60
         assert all("</think>" in row.text() for row in (a, b, c))  # an answer always follows
         assert not a.forced or re.search(r"\n</think><answer>", a.text())
 
 
 def test_rows_do_not_depend_on_their_batch(tiny):
-    rows = decode(tiny, max_thinking=60, n_wait=1)
-    assert [row.ids for row in decode(tiny, 5, max_thinking=60, n_wait=1)] == [row.ids for row in rows[:5]]
+    rows, few = (decode(tiny, n, max_thinking=60, n_wait=1) for n in (12, 5))
+    assert [row.ids for row in few] == [row.ids for row in rows[:5]]
 
 
 def test_without_forcing_it_is_the_sampler(tiny):
-    model, prompter = tiny
-    rows = decode(tiny, 6, max_thinking=400, max_answer=24)
-    uniforms = torch.from_numpy(np.stack([bf.row_uniforms(3, 0, i, 0, 424) for i in range(6)]))
-    s = bf.generate(model, [row.ids[: row.start] for row in rows], uniforms)
+    rows = decode(tiny, 6, max_thinking=200)
+    uniforms = torch.from_numpy(np.stack([bf.row_uniforms(3, 0, i, 0, 224) for i in range(6)]))
+    s = bf.generate(tiny[0], [row.ids[: row.start] for row in rows], uniforms)
     for i, row in enumerate(rows):
         if not row.forced:
             assert row.ids[row.start :] == s.tokens[i, : s.lengths[i]].tolist()
-    assert sum(not row.forced for row in rows) >= 4
+    assert sum(not row.forced for row in rows) >= 3
 
 
-# -------------------------------------------------------------------------------------------- metrics and votes
+# ------------------------------------------------------------------------------ metrics, votes
 
 
 @vectors("metrics")
 def test_reference_metrics(case):
     found, expected = bf.budget_metrics(case["input"]), case["expected"]
-    for ours, theirs in (
-        ("control", "control"), ("performance", "performance"), ("scaling", "scaling_linear_pp_per_1000_tokens"),
-        ("scaling_log2", "scaling_log2_pp_per_doubling"),
-    ):  # fmt: skip
+    names = {"control": "control", "performance": "performance"}
+    names["scaling"] = "scaling_linear_pp_per_1000_tokens"
+    names["scaling_log2"] = "scaling_log2_pp_per_doubling"
+    for ours, theirs in names.items():
         assert found[ours] == pytest.approx(expected[theirs], rel=1e-9, abs=1e-12)
 
 
 @vectors("voting")
 def test_reference_votes(case):
-    answers, steps, expected = case["input"]["answers"], case["input"]["step_scores"], case["expected"]
-    valid = [None if answer == "[invalid]" else answer for answer in answers]  # the tts code leaves them out
-    reduced = {"last": [s[-1] for s in steps], "min": [min(s) for s in steps], "prod": [math.prod(s) for s in steps]}
+    given, expected = case["input"], case["expected"]
+    answers, steps = given["answers"], given["step_scores"]
+    valid = [None if answer == "[invalid]" else answer for answer in answers]  # tts leaves them out
+    reduced = {"last": [s[-1] for s in steps], "min": [min(s) for s in steps]}
+    reduced["prod"] = [math.prod(s) for s in steps]
     reduced["avg"] = [sum(s) / len(s) for s in steps]
-    assert bf.vote(answers) == expected["hf_majority"] == expected["s1_majority"]
-    assert bf.vote(valid) == expected["tts_majority_vote"]
+    assert tool.vote(answers) == expected["hf_majority"] == expected["s1_majority"]
+    assert tool.vote(valid) == expected["tts_majority_vote"]
     for name in ("last", "min", "prod"):
-        assert bf.best_of_n(answers, reduced[name]) == expected[f"hf_best_of_n_{name}"]
-        assert bf.vote(answers, reduced[name]) == expected[f"hf_weighted_best_of_n_{name}"]
+        assert tool.best_of_n(answers, reduced[name]) == expected[f"hf_best_of_n_{name}"]
+        assert tool.vote(answers, reduced[name]) == expected[f"hf_weighted_best_of_n_{name}"]
     for name in ("min", "last", "avg"):
         if f"tts_prm_{name}_max" in expected:
-            assert bf.best_of_n(valid, reduced[name]) == expected[f"tts_prm_{name}_max"]
-            assert bf.vote(valid, reduced[name]) == expected[f"tts_prm_{name}_vote"]
+            assert tool.best_of_n(valid, reduced[name]) == expected[f"tts_prm_{name}_max"]
+            assert tool.vote(valid, reduced[name]) == expected[f"tts_prm_{name}_vote"]
+
+
+BASE = {"thinking": 1, "sampled": 1, "waits": 0, "forced": False, "answered": True, "filled": True}
 
 
 def test_repair_and_flip_explain_the_gain():
-    """Eq. 4 by hand: 1 of 3 wrong ones repaired, 1 of 2 right ones flipped; 2/5 stays 2/5."""
-    base = {"thinking": 1, "sampled": 1, "waits": 0, "forced": False, "answered": True, "filled": True}
-    before, after = [1, 1, 0, 0, 0], [1, 0, 1, 0, 0]
-    records = [[base | {"correct": bool(c)} for c in column] for column in (after, before)]
+    """Eq. 4 by hand: 2 of 3 wrong ones repaired, 1 of 2 right ones flipped; 2/5 becomes 3/5."""
+    before, after = [1, 1, 0, 0, 0], [1, 0, 1, 1, 0]
+    records = [[BASE | {"correct": bool(c)} for c in column] for column in (after, before)]
     found = bf.outcome(*records)
-    assert found["repaired"] == pytest.approx(1 / 3) and found["flipped"] == 0.5 and found["gain"] == 0
-    f0 = 2 / 5
-    assert found["gain"] == pytest.approx((1 - f0) * found["repaired"] - f0 * found["flipped"])
+    assert found["repaired"] == pytest.approx(2 / 3) and found["flipped"] == 0.5
+    assert found["gain"] == pytest.approx((1 - 2 / 5) * found["repaired"] - 2 / 5 * 0.5)
+    assert found["gain"] == pytest.approx(0.2)
+    assert found["gain_se"] == pytest.approx((0.56 / 5) ** 0.5)  # 0 -1 1 1 0: variance 0.56
+    assert found["accuracy_se"] == pytest.approx((5 / 4 * 0.6 * 0.4 / 5) ** 0.5)
 
 
-def test_doctests():
-    failed, tried = doctest.testmod(bf)
-    assert tried and not failed
+def test_pooled_answers():
+    """Of four answers with one right: the majority is wrong, the likeliest of two right."""
+    natural = []
+    for answer, score in (("a", 0.1), ("b", 0.9), ("a", 0.2), (None, 0.3)):
+        natural.append(BASE | {"answer": answer, "score": score, "correct": answer == "b"})
+    got = {}
+    for side, k in (("vote", 4), ("best", 2), ("any", 1), ("any", 4)):
+        (record,) = tool.pooled(side, k, natural, 4)
+        got[side, k] = record["correct"], record["thinking"]
+    assert got == {("vote", 4): (0, 4), ("best", 2): (1, 2), ("any", 1): (0, 1), ("any", 4): (1, 4)}
 
 
-# -------------------------------------------------------------------------------------------------- the script
+@pytest.mark.parametrize("module", [bf, tool])
+def test_doctests(module):
+    failed, tried = doctest.testmod(module)
+    assert not failed and (tried or module is bf)
 
 
-def start(small, cwd, capfd, flags: str):
+# --------------------------------------------------------------------------------- the script
+
+
+def start(module, small, capfd, flags: str) -> SimpleNamespace:
     capfd.readouterr()
-    code = bf.main(bf.solve, bf.Config, ["--model", str(small), *SMALL.split(), *flags.split()])
+    argv = ["--model", str(small), *(MORE if module is tool else SMALL).split(), *flags.split()]
+    code = bf.main(module.solve, module.Config, argv)
     return SimpleNamespace(code=code, **dict(zip(("out", "err"), capfd.readouterr(), strict=True)))
 
 
-def without_times(folder: Path) -> list[dict]:
-    rows = lines_of(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_s")} for row in rows]
+def records_of(folder: Path) -> list[dict]:
+    """Of all settings; without the mean probability, which a batch changes in its last digits."""
+    paths = sorted(folder.glob("step-*/records.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for record in sum((setting["records"] for setting in found), []):
+        assert 0 < record.pop("score") <= 1 or not record["filled"]
+    return found
 
 
-def test_run_and_resume(small, cwd, capfd, monkeypatch):
-    """Control is 100 % by construction; a run that is interrupted and resumed equals one that was not."""
-    done = start(small, cwd, capfd, "--out a")
+SIDES = {bf: ["cap"] * 3 + ["wait"] * 2}
+SIDES[tool] = ["cap"] * 3 + ["vote", "best", "any"] + ["wait"] * 2 + ["none", "word", "reject"]
+
+
+@pytest.mark.parametrize("module", [bf, tool])
+def test_run_and_resume(small, cwd, capfd, monkeypatch, module):
+    """A run that is interrupted and resumed equals one that was not."""
+    done = start(module, small, capfd, "--out a")
     assert (done.code, done.err) == (0, "")
-    for word in ("Control 100 %", "per doubling", "Performance", "docs/report.py a", "repaired", "CPU time"):
-        assert word in done.out, word
-    rows = without_times(cwd / "a")
+    assert re.search(r"^cap +control 1, performance \d", done.out, re.MULTILINE)
+    rows, records = metrics_of(cwd / "a"), records_of(cwd / "a")
     sides = [re.search(r"accuracy/small/(\w+)", " ".join(row))[1] for row in rows]
-    assert sides == ["cap"] * 3 + ["vote", "best", "any"] + ["wait"] * 2 + ["none", "word", "reject"]
-    assert rows[0]["thinking_tokens/small/cap"] <= 4
-    sys.path.insert(0, str(bf.Path(bf.__file__).parent / "docs"))
-    import report
-
-    report.main(["a"])
-    page = (cwd / "a" / "report.html").read_text(encoding="utf-8")
-    assert page.count('class="panels one"') == 2 and "budgets below" in page and "extended, or k samples" in page
-
+    assert sides == [record["of"][1] for record in records] == SIDES[module]
+    for record, value in zip(records, (4, 8, 12), strict=False):
+        assert record["of"][2] == value and all(r["thinking"] <= value for r in record["records"])
     log = bf.Run.log
 
     def stopped(run, step, *args, **options):
         log(run, step, *args, **options)
-        run.signal = 2 * (step == 5)
+        run.signal = 2 * (step == 4)
 
     monkeypatch.setattr(bf.Run, "log", stopped)
-    done = start(small, cwd, capfd, "--out b")
-    assert done.code == 130 and "--resume b" in done.out
+    done = start(module, small, capfd, "--out b")
+    assert done.code == 130 and "--resume b" in done.out and len(records_of(cwd / "b")) == 4
     monkeypatch.setattr(bf.Run, "log", log)
-    (cwd / "b" / "step-000005" / "records.json").write_text("{")  # cut off: the one before counts
-    assert bf.main(bf.solve, bf.Config, ["--resume", "b"]) == 0
-    assert without_times(cwd / "b") == rows
-    assert (cwd / "a" / "samples.jsonl").read_bytes() == (cwd / "b" / "samples.jsonl").read_bytes()
+    (cwd / "b/step-000005.tmp").mkdir()  # a kill while the fifth was saved, and after its log
+    (cwd / "b/step-000005.tmp/records.json").write_text("{")
+    with (cwd / "b/metrics.jsonl").open("a") as file:
+        file.write('{"step": 5}\n{"st')
+    assert bf.main(module.solve, module.Config, ["--resume", "b"]) == 0
+    assert metrics_of(cwd / "b") == rows and records_of(cwd / "b") == records
+    samples = [(cwd / name / "samples.jsonl").read_bytes() for name in "ab"]
+    assert samples[0] == samples[1]
+    before = {path: path.read_bytes() for path in (cwd / "b").rglob("*.jsonl")}
+    assert bf.main(module.solve, module.Config, ["--resume", "b"]) == 0  # prints the table again
+    assert before == {path: path.read_bytes() for path in (cwd / "b").rglob("*.jsonl")}
+    assert bf.main(module.solve, module.Config, ["--resume", "b", "--caps", "4,9,12"]) == 2
+
+
+def test_tool_and_script_write_the_same(small, cwd, capfd):
+    for module, name in ((bf, "a"), (tool, "b")):
+        assert start(module, small, capfd, f"--out {name}").code == 0
+    ours, theirs = ({tuple(r["of"][1:3]): r for r in records_of(cwd / name)} for name in "ab")
+    for setting, record in ours.items():
+        others = theirs[setting]["records"]
+        assert record["records"] == [other for other in others if other["sample"] == 0]
+        assert record["of"] == theirs[setting]["of"]
+
+
+def test_report_draws_the_tools_run(small, cwd, capfd):
+    assert start(tool, small, capfd, "--out a").code == 0
+    load("report", ROOT / "docs/report.py").main(["a"])
+    page = (cwd / "a/report.html").read_text(encoding="utf-8")
+    assert page.count('class="panels one"') == 2
+    assert "budgets below" in page and "extended, or k samples" in page
 
 
 def test_ranks(small, cwd, monkeypatch):
-    """Two ranks give the metrics of one."""
-    assert bf.main(bf.solve, bf.Config, ["--model", str(small), *SMALL.split(), "--out", "a"]) == 0
+    """Two ranks give the metrics, records and samples of one."""
+    argv = ["--model", str(small), *SMALL.split()]
+    assert bf.main(bf.solve, bf.Config, [*argv, "--out", "a"]) == 0
     ranks, codes = conftest.ThreadRanks(2), [None] * 2
 
-    class Run(bf.Run):
+    class Answers(bf.Answers):
         def __init__(self, cfg):
             super().__init__(cfg)
             self.rank, self.world = ranks.local.rank, 2
 
     def work(rank: int) -> None:
         ranks.local.rank = rank
-        codes[rank] = bf.main(bf.solve, bf.Config, ["--model", str(small), *SMALL.split(), "--out", "b"])
+        codes[rank] = bf.main(bf.solve, bf.Config, [*argv, "--out", "b"])
 
     monkeypatch.setattr(bf, "dist", ranks)
-    monkeypatch.setattr(bf, "Run", Run)
+    monkeypatch.setattr(bf, "Answers", Answers)
+    monkeypatch.setattr(signal, "signal", conftest.nothing)  # a thread may not set a handler
     monkeypatch.setenv("WORLD_SIZE", "2")
-    threads = [conftest.threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert codes == [0, 0] and without_times(cwd / "a") == without_times(cwd / "b")
+    assert codes == [0, 0] and metrics_of(cwd / "a") == metrics_of(cwd / "b")
+    assert records_of(cwd / "a") == records_of(cwd / "b")
+    assert tokens_of(cwd / "a") == tokens_of(cwd / "b")
 
 
 @pytest.mark.slow
 def test_torchrun_with_two_ranks(small, cwd):
     """Two processes share the problems; the rows are those of one."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = conftest.finish(conftest.start("budget_forcing", f"--model {small} {SMALL} --out two", cwd, launch))
-    assert done.code == 0 and done.out.count("folder two") == 1, done.err
-    assert bf.main(bf.solve, bf.Config, ["--model", str(small), *SMALL.split(), "--out", "one"]) == 0
-    assert without_times(cwd / "one") == without_times(cwd / "two")
-    assert json.loads((cwd / "two" / "run.json").read_text(encoding="utf-8"))["ranks"] == 2
+    flags = f"--model {small} {SMALL} --out two"
+    done = conftest.finish(conftest.start("budget_forcing", flags, cwd, launch))
+    assert done.code == 0, done.err
+    argv = ["--model", str(small), *SMALL.split(), "--out", "one"]
+    assert bf.main(bf.solve, bf.Config, argv) == 0
+    assert metrics_of(cwd / "one") == metrics_of(cwd / "two")
+    assert json.loads((cwd / "two/run.json").read_text(encoding="utf-8"))["device"] == "2 cpu"
 
 
-def test_check_and_modes(small, cwd, capfd):
-    done = start(small, cwd, capfd, "--check --budget_mode per_round --temperature 0")
-    assert (done.code, done.err) == (0, "") and "check passed" in done.out and not list(cwd.iterdir())
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--caps 8,4", "--caps 8,4: rising"),
+        ("--caps 0,4", "--caps 0,4: rising"),
+        ("--caps 4,x", "--caps 4,x: "),
+        ("--waits 1,,2", "--waits 1,,2: "),
+        ("--max_new_tokens 12", "--max_new_tokens 12: no answer fits after 12"),
+        ("--length_prompt", "--length_prompt: "),
+    ],
+)
+def test_bad_input(small, cwd, capfd, flags, words):
+    done = start(tool if "--length" in flags else bf, small, capfd, flags)
+    assert done.code == 2 and done.err.count("\n") == 1 and not list(cwd.iterdir())
+    assert done.err.startswith(f"budget_forcing.py: error: {words}"), done.err
+
+
+def tokens_of(folder: Path) -> list[list[int]]:
+    return [row["tokens"] for row in lines_of(folder / "samples.jsonl")]
+
+
+def test_temperature_0_draws_nothing(small, cwd, capfd):
+    for name, flags in {"a": "--temperature 0", "b": "--temperature 0 --seed 1", "c": ""}.items():
+        flags += f" --budget_mode per_round --caps 4,8 --waits 1 --out {name}"
+        assert start(bf, small, capfd, flags).code == 0
+    assert tokens_of(cwd / "a") == tokens_of(cwd / "b") != tokens_of(cwd / "c")
+
+
+def test_the_text_that_opens_the_thinking(small, cwd, capfd):
+    flags = "--caps 4 --waits 1 --eval_problems 1 --think_start <think>9 --out a"
+    assert start(bf, small, capfd, flags).code == 0
+    prompts = {row["prompt"] for row in lines_of(cwd / "a/samples.jsonl")}
+    assert len(prompts) == 1 and re.fullmatch(r"[^<>]+<think>9", prompts.pop())
 
 
 def test_canonical_expressions():
     same = ["(7+5)*1-2", "1*(5+7)-2", "(7+5-2/1)", "-2+(5+7)*1"]
     keys = [rewards.canonical_expression(text) for text in same]
     assert keys[0] == keys[1] == keys[3] != keys[2]
-    assert rewards.canonical_expression("8/(2*3)") == rewards.canonical_expression("8/3/2")
-    assert rewards.canonical_expression("8-2-3") == rewards.canonical_expression("8-(3+2)")
-    assert rewards.canonical_expression("8-2") != rewards.canonical_expression("2-8")
+    pairs = [("8/(2*3)", "8/3/2", True), ("8-2-3", "8-(3+2)", True), ("8-2", "2-8", False)]
+    for one, other, equal in pairs:
+        keys = [rewards.canonical_expression(text) for text in (one, other)]
+        assert (keys[0] == keys[1]) == equal
     assert rewards.canonical_expression("1/0") is rewards.canonical_expression("7*") is None
 
 
@@ -395,8 +554,11 @@ SMOLLM2 = os.environ.get("SMOLLM2", "")
 @pytest.mark.skipif(not SMOLLM2, reason="SMOLLM2 names no folder: python tests/smollm2.py DIR")
 def test_smollm2(cwd, capfd):
     """A delimiter of several tokens, "Wait" and a forced answer on a real model."""
-    flags = "--caps 6,12 --max_new_tokens 20 --eval_problems 1 --eval_samples 1 --waits 1 --tries 1 --length_prompt"
-    assert bf.main(bf.solve, bf.Config, ["--model", SMOLLM2, *flags.split(), "--out", "a"]) == 0
-    rows = lines_of(cwd / "a" / "samples.jsonl")
+    flags = "--caps 6,12 --max_new_tokens 20 --eval_problems 1 --eval_samples 1 --waits 1 --tries 1"
+    argv = ["--model", SMOLLM2, *flags.split(), "--length_prompt", "--out", "a"]
+    assert bf.main(tool.solve, tool.Config, argv) == 0
+    rows = lines_of(cwd / "a/samples.jsonl")
     forced = [row for row in rows if "</think><answer>" in "".join(row["pieces"])]
-    assert len(forced) >= 2 and "Control 100 %" in capfd.readouterr().out
+    assert len(forced) >= 2 and re.search("^cap +control 1,", capfd.readouterr().out, re.MULTILINE)
+    asked = [row["prompt"] for row in rows if "Think for up to" in row["prompt"]]
+    assert "up to 6 tokens." in asked[0] and "up to 12 tokens." in asked[1]

@@ -1,5 +1,6 @@
 """coconut.py's own functions: layouts, loss, logits and gradients of the reference, thoughts against recomputation."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -153,7 +154,7 @@ def test_greedy_outputs_equal_the_reference(llama):
 
 
 def test_number_of_passes_is_that_of_the_reference(llama):
-    calls, layer = [], llama.model["layers"][0]
+    calls, layer = [], llama.model.layers[0]
     layer.register_forward_hook(lambda module, inputs, output: calls.append(output.shape[1]))
     tokens, _ = padded(batch_rows())
     llama(tokens)
@@ -165,7 +166,7 @@ def test_number_of_passes_is_that_of_the_reference(llama):
 
 def naive(model: "coconut.Model", ids: list[int]) -> torch.Tensor:
     """Hidden states (T, C) of one row: a full pass without a cache for each thought, and one more."""
-    embeddings = list(model.model["embed_tokens"].weight[torch.tensor(ids)])
+    embeddings = list(model.model.embed_tokens.weight[torch.tensor(ids)])
     for position in (i for i, token in enumerate(ids) if token == PLACE):
         embeddings[position] = model(torch.stack(embeddings)[None])[0, position - 1]
     return model(torch.stack(embeddings)[None])[0]
@@ -214,7 +215,7 @@ def test_cached_generation_equals_recomputation(llama, counts):
     llama.double()
     prompts = [ids[: ids.index(MARKERS[2]) + 1] for ids, _ in random_rows(counts)]
     with torch.no_grad():
-        llama.model["norm"].weight.mul_(3)  # logits far apart: no tie that rounding decides
+        llama.model.norm.weight.mul_(3)  # logits far apart: no tie that rounding decides
     done = coconut.generate(llama, prompts, torch.zeros(len(prompts), 6), temperature=0.0)
     for row, prompt in enumerate(prompts):
         ids = list(prompt)
@@ -233,8 +234,8 @@ def test_padding_changes_nothing(llama):
 def test_the_place_itself_is_never_read(llama):
     """A thought replaces the embedding of its place; as a pause token the embedding counts."""
     tokens, mask = padded(random_rows([2, 3]))
-    llama.model["embed_tokens"].weight = torch.nn.Parameter(
-        llama.model["embed_tokens"].weight.detach().clone()
+    llama.model.embed_tokens.weight = torch.nn.Parameter(
+        llama.model.embed_tokens.weight.detach().clone()
     )  # untied
 
     def loss() -> float:
@@ -244,7 +245,7 @@ def test_the_place_itself_is_never_read(llama):
         llama.config["latent_token_id"] = place
         before = loss()
         with torch.no_grad():
-            llama.model["embed_tokens"].weight[PLACE] += 1
+            llama.model.embed_tokens.weight[PLACE] += 1
         assert (loss() != before) == changes
 
 
@@ -252,7 +253,7 @@ def test_gradient_reaches_the_question_through_the_thoughts_alone(llama):
     """Behind the thoughts nothing sees the question, so that only the chain of thoughts is left to carry gradient."""
     llama.double()
     ids = [5, 6, 7, MARKERS[0], *[PLACE] * 3, MARKERS[2], 9]
-    embeddings = llama.model["embed_tokens"].weight.detach()[torch.tensor(ids)].requires_grad_()
+    embeddings = llama.model.embed_tokens.weight.detach()[torch.tensor(ids)].requires_grad_()
     states = list(embeddings)
     for position in (4, 5, 6):
         states[position] = llama(torch.stack(states)[None])[0, position - 1]
@@ -262,11 +263,11 @@ def test_gradient_reaches_the_question_through_the_thoughts_alone(llama):
     # and in the script's own passes the gradient of the question differs from that with thoughts held fixed
     tokens, mask = torch.tensor([ids]), torch.tensor([[0] * 8 + [1]])
     coconut.completion_logprobs(llama, tokens, mask)[0].sum().backward()
-    through = llama.model["layers"][0].self_attn["q_proj"].weight.grad.clone()
+    through = llama.model.layers[0].self_attn.q_proj.weight.grad.clone()
     llama.zero_grad()
     fixed = torch.stack([s.detach() if ids[i] == PLACE else s for i, s in enumerate(states)])
     F.cross_entropy(llama.logits(llama(fixed[None])[0, -2:-1]), tokens[0, -1:], reduction="sum").neg().backward()
-    assert not torch.allclose(through, llama.model["layers"][0].self_attn["q_proj"].weight.grad, rtol=1e-3)
+    assert not torch.allclose(through, llama.model.layers[0].self_attn.q_proj.weight.grad, rtol=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------- the whole script
@@ -280,7 +281,12 @@ def prompter_of(
     folder: Path, flags: str = "", task: str = "affine"
 ) -> tuple["coconut.Model", "coconut.ThoughtPrompter"]:
     cfg = run_of(f"--max_stage 3 --task {task} {flags}", folder)
-    coconut.prepare(cfg, folder)
+    source = folder / "new"
+    if cfg.model == "scratch":
+        coconut.make_scratch(cfg, source)
+    else:
+        source = coconut.resolve_model(cfg.model)
+    coconut.add_markers(source, folder, cfg.mode)
     model = coconut.load_model(folder)
     return model, coconut.ThoughtPrompter(model, coconut.make_task(task), cfg)
 
@@ -301,9 +307,20 @@ def test_rows_and_prompts_of_every_mode(tmp_path, mode):
         assert prompter.decode(ids[len(prompt) :]) == "".join(steps[left:]) + "5<eos>"
         thoughts = min(stage, 3) * marked
         assert prompter.decode(prompt) == "3+2*4+6\n" + ("<bot>" + "<latent>" * thoughts + "<eot>") * marked
-        done = coconut.Completion(0, problem, prompt, prompter.encode("5") + prompter.end, [0.0, 0.0], True, "5", {})
-        counted = 1 + thoughts * (mode != "pause")
-        assert prompter.describe(done) == {"stage": stage, "thoughts": counted - 1, "generated_tokens": counted}
+        counted = 0 if mode == "pause" else thoughts
+        assert prompter.task.describe("5", problem) == {"stage": stage, "thoughts": counted}
+
+
+def test_generated_tokens_by_hand(monkeypatch):
+    """Three thoughts; one answer is a token and the end, another two tokens without an end."""
+    logged = []
+    monkeypatch.setattr(coconut, "plain_log", lambda run, *args: logged.append(args))
+    evaluation = {"eval/thoughts": 3.0, "eval/completion_length": 2.0, "eval/clipped_ratio": 0.5}
+    coconut.log_tokens(None, 7, evaluation, ("eval/accuracy",))
+    coconut.log_tokens(None, 8, {"loss": 1.0})
+    assert logged[0][0] == 7 and logged[0][2] == ("eval/accuracy",)
+    assert logged[0][1]["eval/generated_tokens"] == ((3 + 1) + (3 + 2)) / 2
+    assert logged[1][1] == {"loss": 1.0}
 
 
 def test_new_tokens_start_like_an_existing_one(tmp_path, small):
@@ -318,13 +335,13 @@ def test_new_tokens_start_like_an_existing_one(tmp_path, small):
         (other / path.name).write_bytes(text if isinstance(text, bytes) else text.encode())
     (tmp_path / "made").mkdir()
     model, prompter = prompter_of(tmp_path / "made", f"--model {other}", "prosqa")
-    before = coconut.load_model(other).model["embed_tokens"].weight
-    after = model.model["embed_tokens"].weight
+    before = coconut.load_model(other).model.embed_tokens.weight
+    after = model.model.embed_tokens.weight
     like = prompter.encode("<<")[0]
     assert after.shape[0] == before.shape[0] + 3 and torch.equal(after[: len(before)], before)
     assert prompter.markers == tuple(range(len(before), len(before) + 3))
     assert all(torch.equal(after[i], before[like]) for i in prompter.markers)
-    assert prompter.style == "text" and model.config["latent_token_id"] == prompter.markers[1]
+    assert prompter.names == coconut.MARKERS and model.config["latent_token_id"] == prompter.markers[1]
     prompter.stage = 2
     ids, _ = prompter.row(prompter.task.problem("train", 0, 0), 2)
     assert ids.count(prompter.markers[1]) == 2 and "### " in prompter.decode(ids)
@@ -338,7 +355,17 @@ def test_new_tokens_start_like_an_existing_one(tmp_path, small):
     )
 
 
-def test_probe_by_hand(tmp_path):
+@pytest.fixture
+def experiments():
+    """docs/experiments/coconut.py, which has the name of the script."""
+    path = Path(coconut.__file__).parent / "docs" / "experiments" / "coconut.py"
+    spec = importlib.util.spec_from_file_location("coconut_experiments", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_probe_by_hand(tmp_path, experiments):
     """Thoughts that are the head's rows of the results themselves decode to them."""
     model, prompter = prompter_of(tmp_path)
     prompter.stage = 3
@@ -358,7 +385,7 @@ def test_probe_by_hand(tmp_path):
         return hidden
 
     model.forward = forward
-    probs, first = coconut.probe(model, prompter, problems)
+    probs, first = experiments.probe(model, prompter, problems)
     assert probs.shape == first.shape == (3, 3)
     torch.testing.assert_close(probs, first)
     assert first[0, 0] == first[1, 1] == first[2, 1] == 1.0
@@ -392,7 +419,23 @@ def test_controls_run_and_go_on(run, cwd, mode):
     assert run("coconut", f"--mode {mode} --out a").code == 0
     done = run("coconut", "--resume a --steps 3", model=None, base=False)
     assert done.code == 0, done.err
-    assert "thought decoded" not in done.out
+
+
+def test_tables_of_a_run(run, cwd, experiments, capfd):
+    """What the tool prints of a run is what its log says; a run without thoughts has no probe."""
+    flags = "--mode coconut --uniform_prob 0 --stage_steps 1 --steps 4 --out a"
+    assert run("coconut", flags).code == 0
+    assert run("coconut", "--mode no_cot --out b").code == 0
+    assert experiments.main(["a"]) == experiments.main(["b"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in lines[:5]] == [
+        "step 1: stage 0", "step 2: stage 1", "step 3: stage 2", "step 4: stage 3",
+        "step 4: stage 4",
+    ]  # fmt: skip
+    probe = [line.split() for line in lines[5:8]]
+    assert [row[:2] for row in probe] == [["thought", "1"], ["thought", "2"], ["thought", "3"]]
+    assert all(0 <= float(row[2]) <= 1 and len(row) == 8 for row in probe)
+    assert lines[8].startswith("step 2: stage 4") and lines[9].startswith("no thoughts")
 
 
 def test_a_file_by_epochs(run, cwd):
@@ -405,7 +448,7 @@ def test_a_file_by_epochs(run, cwd):
     done = run("coconut", flags)
     assert done.code == 0, done.err
     about = json.loads((cwd / "a" / "run.json").read_text(encoding="utf-8"))
-    assert about["chosen"]["max_stage"] == 3 and 6 <= about["chosen"]["stage_steps"] <= 8
+    assert about["config"]["max_stage"] == 3 and 6 <= about["config"]["stage_steps"] <= 8
 
 
 @pytest.mark.skipif(
@@ -414,14 +457,14 @@ def test_a_file_by_epochs(run, cwd):
 def test_a_real_model_thinks(tmp_path):
     """SmolLM2-135M with three new tokens: a ProsQA row with thoughts equals recomputation; one step trains it."""
     model, prompter = prompter_of(tmp_path, f"--model {os.environ['SMOLLM2']} --c 2", "prosqa")
-    assert prompter.style == "text" and prompter.markers == (49152, 49153, 49154)
+    assert prompter.names == coconut.MARKERS and prompter.markers == (49152, 49153, 49154)
     rows = [prompter.row(prompter.task.problem("train", 0, 0), 1)]
     tokens, mask = padded(rows)
     assert [ids.count(49153) for ids, _ in rows] == [2]
     with torch.no_grad():
         hidden = model(tokens)
         for row, (ids, _) in enumerate(rows):
-            embeddings = list(model.model["embed_tokens"].weight[torch.tensor(ids)])
+            embeddings = list(model.model.embed_tokens.weight[torch.tensor(ids)])
             for position in (i for i, token in enumerate(ids) if token == 49153):
                 embeddings[position] = model(torch.stack(embeddings)[None])[0, position - 1]
             alone = model(torch.stack(embeddings)[None])[0]

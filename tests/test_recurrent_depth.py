@@ -1,13 +1,12 @@
 """recurrent_depth.py: parity with the reference model, its caches and sampler; properties of the loop; the script."""
 
 import doctest
+import importlib.util
 import json
 import math
 import os
-import re
 import sys
 from collections import defaultdict
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,19 +21,36 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import recurrent_depth as rd  # noqa: E402
 
+ROOT = Path(rd.__file__).parent
+spec = importlib.util.spec_from_file_location(
+    "shortcuts", ROOT / "docs/experiments/recurrent_depth.py"
+)
+tool = sys.modules["shortcuts"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+
 FOLDER = Path(os.environ.get("VECTORS") or Path(__file__).parent / "vectors")
 PATH = FOLDER / "latent.json"
 VECTORS = json.loads(PATH.read_text(encoding="utf-8"))["recurrent_depth"] if PATH.is_file() else {}
 TENSORS = load_file(PATH.with_suffix(".safetensors")) if PATH.is_file() else {}
 CASE = VECTORS.get("instances", {}).get("a", {})
 reference = pytest.mark.skipif(not CASE, reason="tests/vectors/latent.json is not there")
-SIZES = {"n_embd": 64, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 11, "norm_eps": 1e-6}
+SIZES = {
+    "n_embd": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 11,
+    "norm_eps": 1e-6,
+}
 SIZES |= {"rope_base": 50000, "mean_recurrence": 4}
 
 
 def make(prelude: int = 1, core: int = 1, coda: int = 1, **sizes) -> "rd.Model":
     """A model with the initial weights of the script, and biases that are not 0."""
-    layers = {"n_layers_in_prelude": prelude, "n_layers_in_recurrent_block": core, "n_layers_in_coda": coda}
+    layers = {
+        "n_layers_in_prelude": prelude,
+        "n_layers_in_recurrent_block": core,
+        "n_layers_in_coda": coda,
+    }
     model = rd.Model(SIZES | layers | sizes)
     rd.initialise(model, 0)
     with torch.no_grad():
@@ -44,21 +60,43 @@ def make(prelude: int = 1, core: int = 1, coda: int = 1, **sizes) -> "rd.Model":
     return model
 
 
+def num_parameters(model) -> int:
+    return sum(weight.numel() for weight in model.parameters())
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """The reference's tiny model, written as a published folder and read by load_model."""
     c, folder = CASE["config"], tmp_path_factory.mktemp("published")
-    config = {"model_type": "huginn_raven", "n_embd": c["d_model"], "num_attention_heads": c["n_heads"]}
-    config |= {"intermediate_size": c["mlp_hidden"], "vocab_size": c["vocab"], "norm_eps": c["norm_eps"]}
-    config |= {"rope_base": c["rope_base"], "mean_recurrence": 4, "tie_embeddings": c["tied"], "bias": c["linear_bias"]}
+    config = {
+        "model_type": "huginn_raven",
+        "n_embd": c["d_model"],
+        "num_attention_heads": c["n_heads"],
+    }
+    config |= {
+        "intermediate_size": c["mlp_hidden"],
+        "vocab_size": c["vocab"],
+        "norm_eps": c["norm_eps"],
+    }
+    config |= {
+        "rope_base": c["rope_base"],
+        "mean_recurrence": 4,
+        "tie_embeddings": c["tied"],
+        "bias": c["linear_bias"],
+    }
     names = {"prelude": "n_prelude", "recurrent_block": "n_core", "coda": "n_coda"}
     config |= {f"n_layers_in_{ours}": c[theirs] for ours, theirs in names.items()}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    tensors = {n.removeprefix("rd_a."): t for n, t in TENSORS.items() if n.startswith("rd_a.transformer.")}
+    tensors = {
+        n.removeprefix("rd_a."): t for n, t in TENSORS.items() if n.startswith("rd_a.transformer.")
+    }
     tensors["freqs_cis"] = torch.zeros(3)  # the published file has such a table
-    rd.save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}, folder / "model.safetensors")
+    rd.save_file(
+        tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()},
+        folder / "model.safetensors",
+    )
     model = rd.load_model(folder)
-    assert rd.num_parameters(model) == CASE["n_params"]
+    assert num_parameters(model) == CASE["n_params"]
     return model
 
 
@@ -68,7 +106,9 @@ def tokens_and_state() -> tuple[torch.Tensor, torch.Tensor]:
 
 def reference_loss(logits: torch.Tensor) -> torch.Tensor:
     """The vectors' labels stand at the position that predicts them."""
-    return F.cross_entropy(logits.flatten(0, 1), torch.tensor(CASE["labels"]).flatten(), ignore_index=-100)
+    return F.cross_entropy(
+        logits.flatten(0, 1), torch.tensor(CASE["labels"]).flatten(), ignore_index=-100
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- parity
@@ -81,11 +121,17 @@ def test_logits_equal_the_reference(published, r):
     with torch.no_grad():
         hidden, state = published(tokens_and_state()[0], r, tokens_and_state()[1])
         logits = published.logits(hidden)
-        after = published.transformer["ln_f"](state)  # the reference returns the state behind the norm
+        after = published.transformer["ln_f"](
+            state
+        )  # the reference returns the state behind the norm
     if r < 64:
         torch.testing.assert_close(logits, TENSORS[f"rd_a.logits_r{r}"], atol=1e-4, rtol=0)
-    torch.testing.assert_close(logits[:, -1, :8], torch.tensor(case["logits_last_first8"]), atol=1e-4, rtol=0)
-    torch.testing.assert_close(after[:, -1, :8], torch.tensor(case["latent_first8"]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logits[:, -1, :8], torch.tensor(case["logits_last_first8"]), atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        after[:, -1, :8], torch.tensor(case["latent_first8"]), atol=1e-4, rtol=0
+    )
     assert logits[:, -1].argmax(-1).tolist() == case["argmax_last"]
     assert reference_loss(logits).item() == pytest.approx(case["loss"], abs=1e-4)
     assert logits.double().sum().item() == pytest.approx(case["logits_sum"], abs=1e-2)
@@ -101,13 +147,16 @@ def test_zero_state_equals_the_reference(published):
 
 @reference
 def test_exit_series_equals_the_reference(published):
-    """`think` stops at the first step whose KL in the reference's series is below the threshold, and not before."""
+    """`recur` stops at the first step whose KL in the reference's series is below the threshold, and not before."""
     tokens, state = (x[:1] for x in tokens_and_state())
     series = CASE["exit_metrics_row0"]["kl_prev_to_cur"]
     for step in range(1, 8):  # below 1e-4 the series is rounding noise of float32
         below, above = series[step - 1] * 1.001, series[step - 1] * 0.999
         assert all(kl > below for kl in series[: step - 1])
-        taken = [rd.think(published, tokens, state, rd.Cache(published, 1, 9, 24), 24, kl)[2] for kl in (below, above)]
+        taken = [
+            rd.recur(published, tokens, state, rd.Cache(published, 1, 9, 24), 24, kl)[2]
+            for kl in (below, above)
+        ]
         assert taken[0].item() == step < taken[1].item()
 
 
@@ -118,8 +167,8 @@ def test_cached_decoding_equals_the_reference(published, name, budget):
     case = CASE["decode_r6_row0"]
     tokens, state = (x[:1] for x in tokens_and_state())
     cache = rd.Cache(published, 1, 9, budget)
-    rd.think(published, tokens[:, :-1], state[:, :-1], cache, 6)
-    logits = rd.think(published, tokens[:, -1:], state[:, -1:], cache, 6)[0][0, -1]
+    rd.recur(published, tokens[:, :-1], state[:, :-1], cache, 6)
+    logits = rd.recur(published, tokens[:, -1:], state[:, -1:], cache, 6)[0][0, -1]
     torch.testing.assert_close(logits, torch.tensor(case[name]), atol=1e-4, rtol=0)
     assert len(cache.keys) == case[f"{name}_n_slots"]
     whole = published.logits(published(tokens, 6, state)[0])[0, -1]
@@ -166,12 +215,20 @@ def test_initial_weights_have_the_reference_spread():
     limit = 3 * math.sqrt(2 / 5 / c["d_model"])
     assert max(w.abs().max() for n, w in fresh.named_parameters() if w.ndim == 2) <= limit
     gate, up = fresh.transformer["coda"][0].mlp["fc"].weight.detach().chunk(2)
-    assert (up.std() / gate.std()).item() == pytest.approx(1 / math.sqrt(2 * 11), rel=0.05)  # L = 2 + 1 + 2 * 4
+    assert (up.std() / gate.std()).item() == pytest.approx(
+        1 / math.sqrt(2 * 11), rel=0.05
+    )  # L = 2 + 1 + 2 * 4
 
 
-@pytest.mark.parametrize("case", VECTORS.get("iteration_sampler", {}).get("stats", []), ids=lambda c: str(c["seed"]))
+@pytest.mark.parametrize(
+    "case", VECTORS.get("iteration_sampler", {}).get("stats", []), ids=lambda c: str(c["seed"])
+)
 def test_iteration_sampler(case):
-    mean, backprop, rng = case["mean_recurrence"], case["mean_backprop_depth"], np.random.default_rng(0)
+    mean, backprop, rng = (
+        case["mean_recurrence"],
+        case["mean_backprop_depth"],
+        np.random.default_rng(0),
+    )
     drawn = np.array([rd.draw_steps(mean, backprop, rng) for _ in range(50_000)])
     values = {"total": drawn.sum(1), "no_grad": drawn[:, 0], "with_grad": drawn[:, 1]}
     assert values["with_grad"].max() <= backprop and drawn.sum(1).min() >= 1
@@ -233,7 +290,9 @@ def test_iterations_add_up(shape):
 def gradients(model, tokens, state, steps, grad_steps) -> dict:
     model.zero_grad(set_to_none=True)
     model.logits(model(tokens, steps, state, grad_steps)[0]).logsumexp(-1).sum().backward()
-    return {name: None if w.grad is None else w.grad.clone() for name, w in model.named_parameters()}
+    return {
+        name: None if w.grad is None else w.grad.clone() for name, w in model.named_parameters()
+    }
 
 
 def test_gradient_of_the_last_iterations():
@@ -265,7 +324,9 @@ def test_cached_equals_uncached(shape, r, cuts):
     for budget in (r, r + 2):
         cache, at, parts = rd.Cache(model, 3, 7, budget), 0, []
         for count in cuts:
-            logits, _, taken = rd.think(model, tokens[:, at : at + count], state[:, at : at + count], cache, r)
+            logits, _, taken = rd.recur(
+                model, tokens[:, at : at + count], state[:, at : at + count], cache, r
+            )
             parts, at = [*parts, logits], at + count
             assert cache.length == at and taken.tolist() == [r] * 3
         close(torch.cat(parts, 1), whole)
@@ -305,18 +366,25 @@ def test_stream_equals_a_naive_cache(shape, budget, exit_kl, warm):
     """Rows of a batch, each with its own exits, against one row at a time with the reference's lookup."""
     model = make(*shape)
     tokens, states = some(model, rows=4)
-    logits, taken = rd.stream(model, tokens, states, 12, exit_kl, budget, warm)
+    logits, taken = tool.stream(model, tokens, states, 12, exit_kl, budget, warm)
     if exit_kl:
-        assert len(taken.unique()) > 2 and (taken[0] != taken[1]).any(), "the case is to be harder than this"
+        assert len(taken.unique()) > 2 and (taken[0] != taken[1]).any(), (
+            "the case is to be harder than this"
+        )
     else:
         assert (taken == 12).all()
     for row in range(4):
         cache, state = LatestCache(model, budget), states[row : row + 1, :1]
         for t in range(7):
             state = state if warm else states[row : row + 1, t : t + 1]
-            out, state, steps = rd.think(model, tokens[row : row + 1, t : t + 1], state, cache, 12, exit_kl)
+            out, state, steps = rd.recur(
+                model, tokens[row : row + 1, t : t + 1], state, cache, 12, exit_kl
+            )
             close(out[0, 0], logits[row, t], 1e-4)
             assert steps.item() == taken[row, t]
+    if budget == 12 and not warm:  # the script's own, which has neither
+        again = rd.stream(model, tokens, states, 12, exit_kl)
+        assert torch.equal(again[0], logits) and torch.equal(again[1], taken)
 
 
 def test_exit_rule_by_hand():
@@ -325,7 +393,9 @@ def test_exit_rule_by_hand():
     tokens, states = some(model, rows=1, length=1)
     series = [model.logits(model(tokens, r, states)[0])[0, 0].log_softmax(-1) for r in range(1, 9)]
     kls = [(a.exp() * (a - b)).sum().item() for a, b in zip(series, series[1:], strict=False)]
-    first = next(i for i, kl in enumerate(kls) if kl < 1e-3) + 2  # iterations: kls[0] compares the second
+    first = (
+        next(i for i, kl in enumerate(kls) if kl < 1e-3) + 2
+    )  # iterations: kls[0] compares the second
     logits, taken = rd.stream(model, tokens, states, 8, exit_kl=1e-3)
     assert taken.item() == first > 2
     close(logits[0, 0].log_softmax(-1), series[first - 1])
@@ -341,7 +411,7 @@ def test_speculation_writes_the_same(lookahead, draft):
     for _ in range(11):
         chosen = model.logits(model(row, 6, states[:, : row.shape[1]])[0])[:, -1:].argmax(-1)
         row = torch.cat([row, chosen], 1)
-    new, iterations, passes = rd.speculate(model, tokens[:, :4], states, 6, draft, lookahead)
+    new, iterations, passes = tool.speculate(model, tokens[:, :4], states, 6, draft, lookahead)
     assert new == row[0, 4:].tolist() and len(new) == 11
     if lookahead == 0:
         assert (iterations, passes) == (66, 11)
@@ -364,21 +434,26 @@ def test_state_correlation_and_loss():
     labels[:, 0] = -100
     loss, seen = rd.depth_loss(model, tokens, labels, states, 1, 2, 6)
     logits = model.logits(model(tokens, 3, states)[0])
-    by_hand = -sum(logits[b, t].log_softmax(-1)[tokens[b, t]] for b in range(2) for t in range(1, 4)) / 6
+    by_hand = (
+        -sum(logits[b, t].log_softmax(-1)[tokens[b, t]] for b in range(2) for t in range(1, 4)) / 6
+    )
     close(loss, by_hand)
-    halves = [rd.depth_loss(model, tokens[i : i + 1], labels[i : i + 1], states[i : i + 1], 1, 2, 6) for i in range(2)]
+    halves = [
+        rd.depth_loss(model, tokens[i : i + 1], labels[i : i + 1], states[i : i + 1], 1, 2, 6)
+        for i in range(2)
+    ]
     close(loss, halves[0][0] + halves[1][0])
     close(seen["accuracy"], sum(half["accuracy"] for _, half in halves))
     state = model(tokens, 3, states)[1]
-    tables = [np.corrcoef(state[b].detach().numpy()) for b in range(2)]  # each position with each, 1 on the diagonal
+    tables = [
+        np.corrcoef(state[b].detach().numpy()) for b in range(2)
+    ]  # each position with each, 1 on the diagonal
     assert seen["state_correlation"].item() == pytest.approx((np.sum(tables) - 8) / 24, abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- the script
 
-SMALL = "--task s3:elements=10 --steps 2 --batch_size 8 --hidden_size 16 --num_heads 2"
-SMALL += " --eval_problems 3 --warmup_steps 10 --test_r 4"
-NAME = "out/recurrent_depth-s3-0"
+SMALL = conftest.SMALL["recurrent_depth"]
 
 
 @pytest.fixture
@@ -396,8 +471,10 @@ def script(cwd, capfd):
 
 @pytest.fixture
 def text(cwd) -> str:
-    (cwd / "text.txt").write_text("to be or not to be, that is the question. " * 20, encoding="utf-8")
-    return "--task text --data text.txt --length 16 --max_new_tokens 6"
+    (cwd / "text.txt").write_text(
+        "to be or not to be, that is the question. " * 20, encoding="utf-8"
+    )
+    return "--task text --data text.txt --length 16"
 
 
 def weights(folder: Path) -> dict:
@@ -410,18 +487,10 @@ def same(first: Path, second: Path, step: int) -> None:
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_help(capsys):
-    with pytest.raises(SystemExit) as left:
-        rd.main(rd.train, rd.Config, ["--help"])
-    out, err = capsys.readouterr()
-    assert left.value.code == 0 and err == "" and rd.__doc__.strip() in out
-    assert " ".join(out.split()).count("(default: ") == len(fields(rd.Config)) <= 50
-
-
 def test_a_run(script, cwd):
-    done = script("--eval_samples 1 --task s3:elements=10")
+    done = script("--eval_samples 1 --out a")
     assert (done.code, done.err) == (0, "")
-    folder = cwd / NAME
+    folder = cwd / "a"
     files = {"run.json", "metrics.jsonl", "samples.jsonl", "recurrent_depth.py", "step-000002"}
     assert {path.name for path in folder.iterdir()} == files
     wanted = {"config.json", "model.safetensors", "tokenizer.json", "trainer.pt"}
@@ -429,28 +498,37 @@ def test_a_run(script, cwd):
     rows = lines_of(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2]
-    wanted = {"loss", "accuracy", "recurrences", "state_correlation", "grad_norm", "lr", "tokens", "tokens_per_s"}
+    wanted = {
+        "loss",
+        "accuracy",
+        "recurrences",
+        "state_correlation",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "tokens_per_s",
+    }
     assert all(wanted <= set(row) and row["tokens"] == 88 for row in steps)
     drawn = [sum(rd.draw_steps(4, 4, np.random.default_rng((0, step, 0)))) for step in (1, 2)]
     assert [row["recurrences"] for row in steps] == drawn
     after = next(row for row in rows if row["step"] == 2 and "eval/accuracy" in row)
-    assert after["eval/accuracy"] == after["eval/accuracy@4"] and after["eval/same"] == 1
+    assert after["eval/accuracy"] == after["eval/accuracy@4"]
     assert after["eval/iterations/full"] == 4 >= after["eval/iterations/exit"] >= 1
-    assert after["eval/cache/full"] == 2 * 16 * (1 + 4 + 1) and after["eval/cache/shared"] == 2 * 16 * (1 + 1 + 1)
     # with all iterations and a full cache, reading token by token is reading at once
     assert after["eval/loss/full"] == pytest.approx(after["eval/loss@4"], abs=1e-5)
     for line in lines_of(folder / "samples.jsonl"):
         assert line["prompt"][0] == "^" and len(line["prompt"]) == 11 and len(line["tokens"]) == 10
-    assert f"python recurrent_depth.py --resume {NAME} --steps 4" in done.out and "eval/accuracy@64" in done.out
-    assert script("--eval_problems 0").code == 0 and (cwd / f"{NAME}-2").is_dir()
+    assert "--resume a --steps 4" in done.out and "eval/accuracy@64" in done.out
 
 
 def test_same_seed_same_metrics(script, cwd):
-    for name, flags in (("a", ""), ("b", ""), ("c", "--seed 1"), ("d", "--checkpointing on")):
+    for name, flags in (("a", ""), ("b", ""), ("c", "--seed 1")):
         assert script(f"--out {name} {flags}").code == 0
     same(cwd / "a", cwd / "b", 2)
-    same(cwd / "a", cwd / "d", 2)
-    a, b = ([{n: v for n, v in row.items() if "seconds" not in n} for row in metrics_of(cwd / x, True)] for x in "ab")
+    a, b = (
+        [{n: v for n, v in row.items() if "seconds" not in n} for row in metrics_of(cwd / x, True)]
+        for x in "ab"
+    )
     assert a == b
     assert metrics_of(cwd / "a")[0]["loss"] != metrics_of(cwd / "c")[0]["loss"]
 
@@ -461,16 +539,8 @@ def test_resumed_run_equals_the_unbroken_one(script, cwd, text, task):
     assert script(f"{flags} --steps 4 --out whole").code == 0
     assert script(f"{flags} --out halves").code == 0
     done = script("--resume halves --steps 4", base=False)
-    assert done.code == 0 and "resumed from halves/step-000002" in done.out
+    assert done.code == 0
     same(cwd / "whole", cwd / "halves", 4)
-
-
-def test_check_leaves_nothing(script, cwd, tmp_path, monkeypatch):
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(rd.tempfile, "tempdir", str(tmp_path / "temporary"))
-    done = script("--check --steps 100")
-    assert (done.code, done.err) == (0, "") and "check passed" in done.out
-    assert not list(cwd.iterdir()) and not list((tmp_path / "temporary").iterdir())
 
 
 def test_text(script, cwd, text):
@@ -480,27 +550,58 @@ def test_text(script, cwd, text):
     rows = [row for row in lines_of(cwd / "a" / "metrics.jsonl") if "loss" in row]
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     model = rd.load_model(cwd / "a" / "step-000040")
-    prompter = rd.Prompter(model, rd.Config(task="text", data="text.txt", length=16), (cwd / "text.txt").read_text())
-    assert prompter.decode(prompter.encode("be, or not")) == "be, or not" and 0 not in prompter.task.ids
+    prompter = rd.Prompter(
+        model, rd.Config(task="text", data="text.txt", length=16), (cwd / "text.txt").read_text()
+    )
+    assert (
+        prompter.decode(prompter.encode("be, or not")) == "be, or not"
+        and 0 not in prompter.task.ids
+    )
     inputs, labels = prompter.row(prompter.task.problem("train", 0, 0))
     assert len(inputs) == 16 and inputs[1:] == labels[:-1]
-    train, test = ([prompter.task.problem(s, 0, i)["ids"] for i in range(99)] for s in ("train", "test"))
+    train, test = (
+        [prompter.task.problem(s, 0, i)["ids"] for i in range(99)] for s in ("train", "test")
+    )
     held = prompter.task.ids[prompter.task.border :]
     windows = {tuple(held[i : i + 17]) for i in range(0, len(held) - 16, 16)}
     assert {tuple(ids) for ids in test} == windows and all(len(ids) == 17 for ids in train)
 
 
-def test_bfloat16(script, cwd):
-    assert script("--dtype bfloat16 --out a").code == 0 and script("--out b").code == 0
+def test_bfloat16(script, cwd, monkeypatch):
+    """What a GPU does: float32 weights, products in bfloat16, a bfloat16 copy to evaluate."""
+
+    class Run(rd.Run):
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            self.dtype = torch.bfloat16
+
+    assert script("--out b").code == 0
+    monkeypatch.setattr(rd, "Run", Run)
+    assert script("--out a").code == 0
     a, b = metrics_of(cwd / "a")[0], metrics_of(cwd / "b")[0]
-    assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+    assert a["loss"] != b["loss"] and a["loss"] == pytest.approx(b["loss"], rel=0.02)
     assert all(w.dtype == torch.float32 for w in weights(cwd / "a" / "step-000002").values())
 
 
+def test_the_other_shortcuts(script, cwd):
+    """The tool's full and exit are the script's; sizes of caches by hand; speculation changes no token."""
+    assert script("--eval_samples 1 --out a").code == 0
+    flags = "--task s3:elements=10 --eval_problems 3 --eval_samples 1 --test_r 4 --max_new_tokens 3"
+    argv = [*flags.split(), "--model", "a/step-000002", "--out", "b"]
+    assert rd.main(tool.solve, tool.Config, argv) == 0
+    after = metrics_of(cwd / "a", True)[0]
+    first, found = metrics_of(cwd / "b", True)
+    assert after["step"] == 2 and {**first, "step": 2} == after
+    assert first.items() < found.items()
+    assert found["eval/cache/full"] == found["eval/cache/exit"] == 2 * 16 * (1 + 4 + 1)
+    assert found["eval/cache/shared"] == found["eval/cache/both"] == 2 * 16 * (1 + 1 + 1)
+    assert found["eval/iterations/shared"] == 4 and found["eval/same"] == 1
+    assert found["eval/iterations/greedy"] == 4 and found["eval/passes/greedy"] == 1
+
+
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_give_the_gradient_of_one(run_ranks, cwd, monkeypatch, world):
+def test_ranks_give_the_gradient_of_one(run_ranks, cwd, world):
     """8 rows in micro-batches of 4 over all ranks: the same r on each, gradients and evaluation those of one rank."""
-    monkeypatch.setitem(conftest.SMALL, "recurrent_depth", SMALL)
     flags = "--model scratch --micro_batch_tokens 44 --hidden_size 32"
     codes, alone = run_ranks("recurrent_depth", 1, f"{flags} --out a")
     codes, together = run_ranks("recurrent_depth", world, f"{flags} --out b")
@@ -518,52 +619,85 @@ def test_ranks_give_the_gradient_of_one(run_ranks, cwd, monkeypatch, world):
 
 
 DAMAGE = {
-    "model_type": ("model_type", "qwen2", "model_type qwen2"),
-    "no type": ("model_type", None, "model_type None"),
-    "untied": ("tie_embeddings", False, "tie_embeddings False"),
-    "no bias": ("qk_bias", False, "qk_bias False"),
-    "groups": ("num_key_value_heads", 1, "num_key_value_heads 1"),
-    "no size": ("n_embd", None, "n_embd None"),
-    "shape": ("vocab_size", 9, "transformer.wte.weight has shape (8, 16), not (9, 16)"),
-    "missing": ("n_layers_in_coda", 2, "transformer.coda.1.norm_1.weight is missing"),
-    "extra": ("n_layers_in_prelude", 0, "9 tensors do not match config.json (first: transformer.prelude.0.attn.Wqkv"),
+    "model_type": ("model_type", "qwen2", "'model_type': 'qwen2'"),
+    "no type": ("model_type", None, "no type"),
+    "untied": ("tie_embeddings", False, "'tie_embeddings': False"),
+    "no bias": ("qk_bias", False, "'qk_bias': False"),
+    "groups": ("num_key_value_heads", 1, "'num_key_value_heads': 1"),
+    "no size": ("n_embd", None, "n_embd"),
+    "no rotation": ("rope_base", None, "rope_base"),
+    "no count": ("n_layers_in_coda", 1.5, "float"),
+    "shape": ("vocab_size", 9, "wte.weight"),
+    "missing": ("n_layers_in_coda", 2, "transformer.coda.1"),
+    "extra": ("n_layers_in_prelude", 0, "transformer.prelude.0"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_bad_folders(cwd, case):
     name, value, message = DAMAGE[case]
-    rd.make_model(cwd / "a", rd.Config(hidden_size=16, num_heads=2), list("^abcdef"))
+    rd.make_model(cwd / "a", rd.Config(hidden_size=16, num_heads=2), "")
     model = rd.load_model(cwd / "a")
     rd.save_model(model, cwd / "b")
     a, b = weights(cwd / "a"), weights(cwd / "b")
     assert all(torch.equal(a[name], b[name]) for name in a | b)
     config = rd.read_json(cwd / "a" / "config.json") | {name: value}
-    (cwd / "a" / "config.json").write_text(json.dumps({n: v for n, v in config.items() if v is not None}))
-    with pytest.raises(rd.BadInput, match=re.escape(message)):
+    (cwd / "a" / "config.json").write_text(
+        json.dumps({n: v for n, v in config.items() if v is not None})
+    )
+    with pytest.raises(rd.BadInput) as error:
         rd.load_model(cwd / "a")
+    assert (
+        message in str(error.value)
+        and str(cwd / "a") in str(error.value)
+        and "\n" not in str(error.value)
+    )
     other = {"lm_head.weight": torch.zeros(8, 16)}
     rd.save_file(b | other, cwd / "b" / "model.safetensors")
-    with pytest.raises(rd.BadInput, match="must be equal"):
+    with pytest.raises(rd.BadInput, match="lm_head"):
         rd.load_model(cwd / "b")
 
 
-def test_large_defaults_and_memory_plan():
-    """huginn-0125's sizes on the meta device: 3.5 billion parameters, what is chosen for them."""
-    sizes = {"n_embd": 5280, "num_attention_heads": 55, "intermediate_size": 17920, "vocab_size": 65536}
+BAD = {
+    "--hidden_size 20 --num_heads 4": "--hidden_size 20",
+    "--task text": "--data",
+    "--data x.txt": "--data",
+    "--tokenizer x": "--tokenizer",
+    "--task text --data x.txt": "x.txt",
+    "--task text --data short.txt": "--length 64",
+    "--task text --data short.txt --tokenizer x": "x/tokenizer.json",
+    "--task countdown": "countdown",
+    "--model tiny --core 2": "--core",
+    "--model tiny": "llama",
+    "--decay 1.5": "--decay",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_flags(cwd, capfd, flags):
+    (cwd / "short.txt").write_text("to be or not to be")
+    assert rd.main(rd.train, rd.Config, flags.split()) == 2
+    err = capfd.readouterr().err
+    assert BAD[flags] in err and err.count("\n") == 1
+    assert [path.name for path in cwd.iterdir()] == ["short.txt"]
+
+
+def test_the_published_size():
+    """huginn-0125's sizes on the meta device: 3.5 billion parameters."""
+    sizes = {
+        "n_embd": 5280,
+        "num_attention_heads": 55,
+        "intermediate_size": 17920,
+        "vocab_size": 65536,
+    }
     layers = {"n_layers_in_prelude": 2, "n_layers_in_recurrent_block": 4, "n_layers_in_coda": 2}
     with torch.device("meta"):
         model = rd.Model(SIZES | sizes | layers | {"mean_recurrence": 32})
-    blocks = 8 * (4 * 5280**2 + 3 * 5280 * 17920 + 4 * 5280 + 2 * 5280)  # weights, norms, biases of q and k
-    assert rd.num_parameters(model) == blocks + 65536 * 5280 + 2 * 5280**2 + 5280 == 3564976800
-    assert model.config["num_hidden_layers"] == 132 and model.head_dim == 96
-    cfg = rd.parse_config(rd.Config, ["--lr", "0.001"])
-    chosen = rd.Run.choose(SimpleNamespace(cfg=cfg), model, rd.BY_SIZE)
-    assert chosen == {"batch_size": 4096, "micro_batch_tokens": 16384}
-    model.checkpointing = True
-    plan = rd.memory_plan(model, 1, 4096, 4096, torch.bfloat16)
-    assert plan["weights, gradients, Adam"] == pytest.approx(57.04, abs=0.01)
-    assert plan["KV cache"] == pytest.approx(2 * 132 * 4096 * 5280 * 2 / 1e9, abs=0.01)
+    blocks = 8 * (
+        4 * 5280**2 + 3 * 5280 * 17920 + 4 * 5280 + 2 * 5280
+    )  # weights, norms, biases of q and k
+    assert num_parameters(model) == blocks + 65536 * 5280 + 2 * 5280**2 + 5280 == 3564976800
+    assert len(model.frequencies) == 48 and model.frequencies[0] == 1
 
 
 @pytest.mark.slow
@@ -576,6 +710,8 @@ def test_the_default_run_shows_the_effect(cwd):
     assert accuracy[4] >= accuracy[1] + 0.10 and accuracy[4] >= 0.95 * max(accuracy.values())
     assert accuracy[32] >= accuracy[8] - 0.02 and accuracy[8] > 0.95
     assert row["eval/last_accuracy@4"] >= row["eval/last_accuracy@1"] + 0.15
-    assert row["eval/agreement"] >= 0.98 and row["eval/same"] == 1
-    assert row["eval/accuracy/exit"] >= row["eval/accuracy/full"] - 0.01 and row["eval/iterations/exit"] <= 12
-    assert row["eval/accuracy/both"] >= row["eval/accuracy/full"] - 0.01 and row["eval/iterations/both"] <= 12
+    assert row["eval/agreement"] >= 0.98
+    assert (
+        row["eval/accuracy/exit"] >= row["eval/accuracy/full"] - 0.01
+        and row["eval/iterations/exit"] <= 12
+    )

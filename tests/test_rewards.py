@@ -19,7 +19,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from conftest import fault, says
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -214,7 +213,6 @@ def compare_with_python(count: int, seed: int) -> None:
     assert 0.5 * count < valid < 0.9 * count
 
 
-@fault("an answer that is an expression", "exact, or wrong: as Python reads it, on 10^5 expressions of a grammar", "")
 def test_expressions_against_python():
     compare_with_python(10_000, 0)
 
@@ -456,7 +454,6 @@ def seconds_of(judge, text: str, bound: float) -> float:
     return best
 
 
-@fault("a hostile answer", "wrong, in 10 ms (a million characters: 0.5 s; symbolic: 2 s), with less than 50 MB", "")
 def test_hostile_answers_are_wrong_and_cheap(monkeypatch):
     """Every answer, in four forms, to every verifier."""
     assert len(set(HOSTILE)) == len(HOSTILE) >= 150
@@ -528,7 +525,6 @@ def ugly(rng: random.Random, most: int) -> str:
     return text[:most]
 
 
-@fault("a completion of any kind", "a finite score from the verifier of every task; none raises", "")
 @pytest.mark.parametrize("most, count", [(200, 600), (10**4, 60), (10**6, 6)])
 def test_ugly_completions(most, count):
     rng = random.Random(most)
@@ -564,13 +560,8 @@ BAD_VERIFIERS = {
 }
 
 
-@fault(
-    "a verifier that raises, or gives None, NaN or no score",
-    "the answer is wrong, never a free 1.0: `the verifier failed on 1 answer(s)`, the first traceback, each doubling",
-    0,
-)
 @pytest.mark.parametrize("case", BAD_VERIFIERS)
-def test_bad_verifiers(case, monkeypatch, capsys, happens):
+def test_bad_verifiers(case, monkeypatch, capsys):
     monkeypatch.setattr(rewards.Countdown, "score", BAD_VERIFIERS[case])
     monkeypatch.setattr(rewards, "score_failures", 0)
     task = rewards.make_task("countdown")
@@ -578,7 +569,6 @@ def test_bad_verifiers(case, monkeypatch, capsys, happens):
         found = task.score("</think><answer>3*5+7</answer>", COUNTDOWN)
         assert found == {"format": 0.0, "answer": None, "correct": False, "total": 0.0}
     err = capsys.readouterr().err
-    says(happens, err)
     assert err.count("Traceback") == 1 and "\x1b" not in err
     assert re.findall(r"failed on (\d+) answer", err) == ["1", "2", "4", "8"] and rewards.score_failures == 9
 
@@ -1156,60 +1146,6 @@ def test_chains_task(tmp_path):
 @pytest.mark.parametrize("text, right", [("### 1,080", True), ("x\n#### 1080\n", True), ("1080 #", False), ("", False)])
 def test_score_last_line(text, right):
     assert rewards.score_last_line(text, "1080")["correct"] == right
-
-
-TRACE = "1+2=3>2\n2-1=1<2\n2*1=2=2\n</think><answer>2*1-0</answer>"
-
-
-@pytest.mark.parametrize(
-    "rule, check",
-    [
-        ("", lambda lines, answer: "".join(lines) + answer == TRACE),
-        ("shuffle:1", lambda lines, answer: sorted(lines) == sorted(TRACE.splitlines(True)[:3]) and answer in TRACE),
-        ("delete:.67", lambda lines, answer: len(lines) == 1 and lines[0] in TRACE and answer in TRACE),
-        ("delete:1", lambda lines, answer: not lines and answer in TRACE),
-        ("insert:0.67", lambda lines, answer: lines.count("other\n") == 2 and len(lines) == 5 and answer in TRACE),
-        ("digits:1", lambda lines, _: [re.sub("[0-9]", "", line) for line in lines] == ["+=>\n", "-=<\n", "*==\n"]),
-        ("answer:1", lambda lines, answer: "".join(lines) in TRACE and answer == "</think><answer>3*2+1</answer>"),
-    ],
-)
-def test_perturbed(rule, check):
-    texts = [rewards.perturbed(TRACE, rule, random.Random(seed), "other\n</think>z") for seed in range(20)]
-    for text in texts:
-        thought, tag, answer = text.partition("</think>")
-        assert check(thought.splitlines(keepends=True), tag + answer), text
-    assert texts == [rewards.perturbed(TRACE, rule, random.Random(seed), "other\n</think>z") for seed in range(20)]
-    assert (len(set(texts)) > 1) == (rule not in ("", "delete:1", "answer:1"))
-
-
-def test_perturbed_by_share():
-    answers = [rewards.perturbed(TRACE, "answer:0.3", random.Random(seed)) != TRACE for seed in range(500)]
-    assert 0.23 < sum(answers) / 500 < 0.37
-    digits = [rewards.perturbed(TRACE, "digits:0.5", random.Random(seed)) for seed in range(500)]
-    changed = sum(a != b for text in digits for a, b in zip(text, TRACE, strict=True)) / 500 / 12  # in the thought
-    assert 0.4 < changed < 0.5  # a tenth of those drawn anew stays the same
-    for rule in ("mix:0.5", "shuffle", "shuffle:2", "shuffle:x", ":0.5"):
-        with pytest.raises(BadInput, match="--perturb .*shuffle, delete, insert, digits, answer"):
-            rewards.perturbed(TRACE, rule, random.Random(0))
-
-
-def test_shortened():
-    assert rewards.shortened(TRACE, "long") == TRACE
-    assert rewards.shortened(TRACE, "short") == "2*1=2=2\n</think><answer>2*1-0</answer>"
-    assert rewards.shortened(TRACE, "none") == "</think><answer>2*1-0</answer>" == rewards.shortened(TRACE[24:], "long")
-    assert rewards.shortened("</think>x", "short") == "</think>x"
-
-
-def test_decontaminated():
-    """Eight words in a row of one held-out text; those that most of them share do not count."""
-    template = "Please answer this question and think aloud for a while: "
-    held = [template + f"what is the sum of {n} and two times seven" for n in ("three", "four", "nine", "one")]
-    items = [{"prompt": template + "name the capital of a country that you like"}]
-    items += [{"prompt": "Tell me: what is the SUM, of three and two times seven"}]
-    items += [{"prompt": "Now what is the sum of three and two times seven, please?"}]
-    assert rewards.decontaminated(items, held, 8) == items[:2]  # a comma is a word
-    assert rewards.decontaminated(items, held, 4) == items[:1]
-    assert rewards.decontaminated([{"prompt": "a b"}, {"prompt": "a b c"}], ["a b"], 8) == [{"prompt": "a b c"}]
 
 
 def test_pool_of_training_problems():

@@ -1,10 +1,9 @@
-"""sft.py's own functions: loss and schedule against the reference's numbers, traces, masks, data files."""
+"""sft.py's own functions: loss and schedule as the reference's, traces, masks, data files."""
 
 import json
 import os
 import sys
 from pathlib import Path
-from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +16,6 @@ import sft  # noqa: E402
 FOLDER = Path(os.environ.get("VECTORS") or Path(__file__).parent / "vectors")
 PATH = FOLDER / "sft_data.json"
 VECTORS = json.loads(PATH.read_text(encoding="utf-8")) if PATH.is_file() else {}
-SELECTION = VECTORS.get("selection", {"s1": None, "s1_length_weights": [], "limo": None})
 NORMALISATION = VECTORS.get("loss_normalisation", {"per_token": [], "logits": []})
 
 
@@ -38,13 +36,20 @@ def test_loss_is_the_mean_over_all_tokens_of_the_step(case):
     """The sum over ranks and micro-batches of our loss is the reference's right value, for every cut."""
     ranks = case["per_token_losses_by_rank_and_microbatch"]
     num_tokens = sum(len(micro) for rank in ranks for micro in rank)
-    parts = [sft.sft_loss(-torch.tensor([micro], dtype=torch.float64), num_tokens) for rank in ranks for micro in rank]
+    parts = [
+        sft.sft_loss(-torch.tensor([micro], dtype=torch.float64), num_tokens)
+        for rank in ranks
+        for micro in rank
+    ]
     assert float(sum(parts)) == pytest.approx(case["right"], rel=1e-9)
 
 
 @pytest.mark.parametrize("case", NORMALISATION["logits"], ids=lambda c: c["id"])
 def test_loss_and_gradient_from_logits(case):
-    micro = [(torch.tensor(m["logits"], dtype=torch.float64), torch.tensor(m["labels"])) for m in case["micro_batches"]]
+    micro = [
+        (torch.tensor(m["logits"], dtype=torch.float64), torch.tensor(m["labels"]))
+        for m in case["micro_batches"]
+    ]
     micro = [(logits.requires_grad_(), labels) for logits, labels in micro]
     num_tokens = sum(int((labels[:, 1:] != -100).sum()) for _, labels in micro)
     total = 0.0
@@ -59,7 +64,9 @@ def test_loss_and_gradient_from_logits(case):
     norm = sum(float(logits.grad.pow(2).sum()) for logits, _ in micro) ** 0.5
     assert norm == pytest.approx(case["grad_l2_right"], rel=1e-9)
     first = next(i for i in micro[0][1][0, 1:].ne(-100).nonzero()[:, 0].tolist())
-    assert micro[0][0].grad[0, first].tolist() == pytest.approx(case["grad_right_first_supervised_row"], rel=1e-8)
+    assert micro[0][0].grad[0, first].tolist() == pytest.approx(
+        case["grad_right_first_supervised_row"], rel=1e-8
+    )
 
 
 @pytest.mark.parametrize("case", VECTORS.get("lr_schedule", []))
@@ -70,170 +77,47 @@ def test_learning_rate_equals_the_reference(case):
         assert ours == pytest.approx(expected, rel=1e-9, abs=1e-18)
 
 
-class Turns:
-    """In place of a random generator: domains in turn, and of each the first trace. Notes the weights it was given."""
-
-    def __init__(self):
-        self.last, self.weights = "", []
-
-    def choice(self, names):
-        self.last = next((name for name in names if name > self.last), names[0])
-        return self.last
-
-    def choices(self, population, weights):
-        self.weights.append(weights)
-        return [population[0]]
-
-
-def s1_items() -> list[dict]:
-    """The pool of the vectors in our fields."""
-    return [
-        item
-        | {"correct": item["teacher_correct"], "weak": item["small_correct"] + item["large_correct"]}
-        | {"format": float(not (item["api_error"] or item["bad_format"]))}
-        for item in SELECTION["s1"]["items"]
-    ]
-
-
-@pytest.mark.skipif(not SELECTION["s1"], reason="no vectors")
-def test_s1_equals_the_reference():
-    case, items = SELECTION["s1"], s1_items()
-    chosen = sft.s1_select(items, case["target_size"], Turns(), case["tau"])
-    assert [item["id"] for item in chosen] == case["selected_in_order"]
-    assert [item["id"] for item in sft.s1_select(items, 1, Turns())][:1] == case["preselected"]
-    everything = {item["id"] for item in sft.s1_select(items, 1000, Random(0))}
-    assert everything == set(case["after_difficulty"])
-    easy = [item | {"weak": 0} for item in items]
-    assert {item["id"] for item in sft.s1_select(easy, 1000, Random(0))} == set(case["after_format"])
-    clean = [item | {"format": 1.0} for item in easy]
-    assert {item["id"] for item in sft.s1_select(clean, 1000, Random(0))} == set(case["after_api_errors"])
-
-
-@pytest.mark.parametrize("case", SELECTION["s1_length_weights"])
-def test_s1_length_weights(case):
-    """The first draw's weights, from the longest trace on, are the reference's probabilities by rank."""
-    turns = Turns()
-    [first] = sft.s1_select([{"length": length} for length in case["lengths"]], 1, turns)
-    assert first["length"] == max(case["lengths"])
-    total, ranked = sum(turns.weights[0]), sorted(zip(case["ranks"], case["probabilities"], strict=True))
-    assert [w / total for w in turns.weights[0]] == pytest.approx([p for _, p in ranked], rel=1e-9)
-
-
-def test_s1_draws_by_seed():
-    items = [{"id": i, "length": i % 50, "domain": str(i % 4)} for i in range(200)]
-    draws = [[item["id"] for item in sft.s1_select(items, 40, Random(seed))] for seed in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2] and len(set(draws[0])) == 40
-    lengths = [items[i]["length"] for i in draws[0]]
-    assert sum(lengths) / 40 > 35  # the longer the likelier: the mean of all is 24.5
-    shares = [sum(items[i]["domain"] == d for i in draws[0]) for d in "0123"]
-    assert min(shares) >= 4
-
-
-@pytest.mark.skipif(not SELECTION["limo"], reason="no vectors")
-def test_limo_equals_the_reference():
-    """The counts of the vectors as texts with so many of the words."""
-    case, items = SELECTION["limo"], []
-    for question in case["questions"]:
-        for number, c in enumerate(question["candidates"]):
-            text = "check " * c["verify"] + "perhaps " * c["tentative"] + "since " * c["connective"]
-            item = {"prompt": question["id"], "number": number, "completion": text, "length": c["n_words"]}
-            item |= {"weak": question["weak_correct_of_4"], "solved": question["strong_correct_of_32"], "attempts": 32}
-            items.append(item)
-    kept = [item for item in items if item["prompt"] in case["after_fine"]]
-    expected = [score for number in case["after_fine"] for score in case["scores"][str(number)]]
-    assert rewards.limo_scores(kept) == pytest.approx(expected, rel=1e-9)
-    chosen = sft.limo_select(items, case["keep"])
-    assert [item["prompt"] for item in chosen] == case["selected"] == case["ranking"][: case["keep"]]
-    assert all(item["number"] == case["best_candidate"][str(item["prompt"])] for item in chosen)
-    assert sft.limo_select([], 3) == []
-
-
-def test_random_and_longest():
-    items = [{"length": length} for length in (3, 9, 1, 9, 5)]
-    assert sft.SELECT["longest"](items, 3, None) == [items[1], items[3], items[4]]
-    drawn = sft.SELECT["random"](items, 4, Random(0))
-    assert len(drawn) == 4 and all(item in items for item in drawn)
-    assert drawn == sft.SELECT["random"](items, 4, Random(0)) and len(sft.SELECT["random"](items, 9, Random(0))) == 5
-
-
-def completion(text: str, correct: bool, finished: bool = True, layout: float = 1.0, **score) -> "sft.Completion":
-    score |= {"format": layout, "answer": "", "correct": correct, "total": float(correct)}
-    return sft.Completion(0, {}, [1], [5] * len(text), [0.0] * len(text), finished, text, score)
-
-
-def test_kept():
-    """Right, finished, in the layout, in one notation, each text once; a cap; all of them; the shortest."""
-    good, longer = completion("aa", True), completion("aaaa", True)
-    bad = [completion("b", False), completion("c", True, finished=False), completion("d", True, layout=0.0)]
-    group = [longer, *bad, good, completion("aa", True), completion("e", True, mixed=True)]
-    texts = {keep: [c.text for c in sft.kept(group, keep, 0)] for keep in ("correct", "all", "shortest")}
-    assert texts == {
-        "correct": ["aaaa", "aa"], "all": ["aaaa", "b", "d", "aa", "e"], "shortest": ["aa", "aaaa"],
-    }  # fmt: skip
-    assert [c.text for c in sft.kept(group, "correct", 1)] == ["aaaa"]
-    lengths = [completion("x" * n, True) for n in (4, 1, 3, 2)]
-    wrong = [completion("w", False)] * 4
-    for group, expected in ((lengths, 1), (lengths + wrong, 3), (lengths + wrong * 7, 4)):  # 1, 1/2, 1/8 right
-        assert [len(c.text) for c in sft.kept(group, "shortest", 1)] == [expected]
-    assert sft.kept(wrong, "shortest", 2) == sft.kept(wrong, "correct", 0) == []
-
-
-def settings(**changes) -> "sft.Config":
-    return sft.Config(**changes)
+END = [1]
 
 
 @pytest.mark.parametrize(
-    "flags, text, learnt",
+    "loss_on, learnt",
     [
-        ({}, "1=a\nb\n</think>c<eos>", "a\nb\n</think>c<eos>"),
-        ({"loss_on": "all"}, "1=a\nb\n</think>c<eos>", "1=a\nb\n</think>c<eos>"),
-        ({"loss_on": "thought"}, "1=a\nb\n</think>c<eos>", "a\nb\n</think>"),
-        ({"loss_on": "answer"}, "1=a\nb\n</think>c<eos>", "c<eos>"),
-        ({"cot": "short"}, "1=b\n</think>c<eos>", "b\n</think>c<eos>"),
-        ({"cot": "none"}, "1=</think>c<eos>", "</think>c<eos>"),
-        ({"cot": "none", "loss_on": "answer"}, "1=</think>c<eos>", "c<eos>"),
-        ({"perturb": "delete:1"}, "1=</think>c<eos>", "</think>c<eos>"),
-        ({"perturb": "insert:1"}, "1=x\na\nx\nb\n</think>c<eos>", "x\na\nx\nb\n</think>c<eos>"),
-        ({"perturb": "shuffle:.5"}, "1=a\nb\n</think>c<eos>", "a\nb\n</think>c<eos>"),
+        ("completion", "a\nb\n</think>c<eos>"),
+        ("all", "1=a\nb\n</think>c<eos>"),
+        ("thought", "a\nb\n</think>"),
+        ("answer", "c<eos>"),
     ],
 )
-def test_row_of(prompter, flags, text, learnt):
+def test_make_row(prompter, loss_on, learnt):
     example = {"prompt": "1=", "completion": "a\nb\n</think>c"}
-    ids, mask = sft.row_of(prompter, settings(**flags), example, "x\n</think>y", 0)
-    assert prompter.decode(ids) == text
+    ids, mask = sft.make_row(prompter, example, loss_on, END)
+    assert prompter.decode(ids) == "1=a\nb\n</think>c<eos>" and len(mask) == len(ids)
     assert prompter.decode([i for i, m in zip(ids, mask, strict=True) if m]) == learnt
 
 
-def test_trace_row_follows_the_flags(prompter):
-    """--cot none keeps the answer of the same trace; --perturb damages it, the same way every time."""
-    rows = {}
-    for flags in ("", "--cot none", "--perturb digits:1", "--perturb answer:1", "--perturb insert:1"):
-        cfg = sft.parse_config(sft.Config, flags.split())
-        ids, _ = rows[flags] = sft.trace_row(prompter, cfg, 5)
-        assert (ids, _) == sft.trace_row(prompter, cfg, 5)
-    texts = {flags: prompter.decode(ids) for flags, (ids, _) in rows.items()}
-    assert len(set(texts.values())) == 5
-    ends = {flags: text.partition("</think>")[2] for flags, text in texts.items()}
-    assert ends[""] == ends["--cot none"] == ends["--perturb digits:1"] != ends["--perturb answer:1"]
-    assert texts["--perturb insert:1"].count("\n") == 2 * texts[""].count("\n")
+def trace_row(prompter, index: int, seed: int = 0) -> tuple:
+    return sft.make_row(prompter, sft.trace_example(prompter, seed, index), "completion", END)
 
 
-def test_trace_row_masks_the_prompt_and_learns_the_end(prompter):
-    ids, mask = sft.trace_row(prompter, settings(), 3)
+def test_a_trace_masks_the_prompt_and_learns_the_end(prompter):
+    ids, mask = trace_row(prompter, 3)
     given = prompter.encode(prompter.text(prompter.task.problem("train", 0, 3)))
-    assert ids[: len(given)] == given and mask == [0] * len(given) + [1] * (len(ids) - len(given))
-    assert ids[-1] == prompter.end[0] and prompter.decode(given).endswith("<think>")
-    assert (ids, mask) == sft.trace_row(prompter, settings(), 3)  # a pure function
-    assert ids != sft.trace_row(prompter, settings(seed=1), 3)[0]
-    assert set(sft.trace_row(prompter, settings(loss_on="all"), 3)[1]) == {1}
+    assert ids[: len(given)] == given
+    assert mask == [0] * len(given) + [1] * (len(ids) - len(given))
+    assert ids[-1:] == END and prompter.decode(given).endswith("<think>")
+    assert (ids, mask) == trace_row(prompter, 3)  # a pure function
+    assert ids not in (trace_row(prompter, 3, seed=1)[0], trace_row(prompter, 4)[0])
 
 
 def test_traces_survive_the_tokenizer(prompter):
     """Every trace decodes to itself, has no unknown token, and its numbers up to 99 are single tokens."""
     for index in range(200):
-        ids, _ = sft.trace_row(prompter, settings(), index)
+        ids, _ = trace_row(prompter, index)
         text = prompter.decode(ids[:-1])
-        assert prompter.encode(text) == ids[:-1] and prompter.tokenizer.token_to_id("<unk>") not in ids
+        assert (
+            prompter.encode(text) == ids[:-1] and prompter.tokenizer.token_to_id("<unk>") not in ids
+        )
     assert len(prompter.encode("10+99=1234")) == 3 + 1 + 4  # 10 + 99 = and four digits
     everything = "".join(map(chr, range(32, 127))) + "\n"
     assert prompter.decode(prompter.encode(everything)) == everything
@@ -250,15 +134,18 @@ def test_the_tiny_vocabulary_is_fixed(folder, prompter):
 
 
 def write(path: Path, lines: list) -> str:
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines), "utf-8")
+    path.write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines),
+        "utf-8",
+    )
     return str(path)
 
 
 def rows_of(path: str, prompter, **flags) -> tuple[list, str]:
     """The rows of a file, and what was said."""
     said = []
-    run = SimpleNamespace(cfg=settings(data=path, **flags), say=said.append)
-    return sft.file_rows(run, prompter), "\n".join(said)
+    run = SimpleNamespace(cfg=sft.Config(data=path, **flags), say=said.append)
+    return sft.file_rows(run, prompter, END), "\n".join(said)
 
 
 def test_file_rows(prompter, tmp_path):
@@ -268,25 +155,14 @@ def test_file_rows(prompter, tmp_path):
     assert rows_of(path, prompter, loss_on="all")[0][0][1] == [1] * 6
 
 
-def test_file_rows_are_selected(prompter, tmp_path):
-    """By length, by what weaker models solved, and away from held-out prompts; the note has the counts."""
-    lines = [{"prompt": f"{i}=", "completion": "x" * i + "</think>"} for i in range(1, 9)]
+def test_long_rows_are_dropped_and_counted(prompter, tmp_path):
+    lines = [{"prompt": "1=", "completion": "x" * n} for n in range(1, 9)]
     path = write(tmp_path / "a.jsonl", lines)
-    rows, said = rows_of(path, prompter, select="longest:3")
-    assert [len(ids) for ids, _ in rows] == [12, 11, 10] and "3 of 8 examples" in said
-    weak = [{"prompt": f"{i}=", "correct": i > 2} for i in range(1, 9)]
-    weak = [write(tmp_path / "w1.jsonl", weak), write(tmp_path / "w2.jsonl", [{"prompt": "1=", "correct": True}])]
-    rows, _ = rows_of(path, prompter, select="s1:5", weak=weak[0])
-    assert sorted(len(ids) for ids, _ in rows) == [5, 6]
-    assert [len(ids) for ids, _ in rows_of(path, prompter, select="s1:5", weak=",".join(weak))[0]] == [6]
-    with pytest.raises(sft.BadInput, match="no example passes --select limo:2"):  # no line has "solved"
-        rows_of(path, prompter, select="limo:2")
-    limo = [line | {"solved": i % 3, "attempts": 16} for i, line in enumerate(lines)]
-    assert len(rows_of(write(tmp_path / "b.jsonl", limo), prompter, select="limo:9")[0]) == 3
-    held = prompter.text(rewards.heldout(prompter.task, 3)[1])
-    path = write(tmp_path / "c.jsonl", [*lines, {"prompt": held, "completion": "z"}])
-    assert "8 of 9 examples" in rows_of(path, prompter, decontaminate=8, eval_problems=3)[1]
-    assert "9 of 9 examples" in rows_of(path, prompter, decontaminate=8, eval_problems=1)[1]
+    rows, said = rows_of(path, prompter, max_length=6)
+    assert [len(ids) for ids, _ in rows] == [4, 5, 6]
+    assert "8 examples, 5 longer than 6 tokens; 3 are learnt" in said
+    with pytest.raises(sft.BadInput, match="nothing is left to learn of 8 examples, 8 longer"):
+        rows_of(path, prompter, max_length=3)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +172,7 @@ def test_file_rows_are_selected(prompter, tmp_path):
         ([{"prompt": "a"}], "line 1"),
         ([{"prompt": "a", "completion": "b"}, "not json\n"], "line 2"),
         ([{"prompt": "a", "completion": 3}], "line 1"),
-        (["[1]\n"], "line 1: prompt and completion, or messages"),
+        (["[1]\n"], r"line 1: .*'\[1\]'"),
         ([{"messages": [{"role": "user", "content": "a"}]}], "need --chat"),
     ],
 )
@@ -305,46 +181,107 @@ def test_bad_files(prompter, tmp_path, lines, message):
         rows_of(write(tmp_path / "a.jsonl", lines), prompter)
 
 
-def test_thoughts_are_needed(prompter, tmp_path):
+@pytest.mark.parametrize("loss_on", ["thought", "answer"])
+def test_thoughts_are_needed(prompter, tmp_path, loss_on):
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
-    for flags in ({"cot": "none"}, {"perturb": "delete:1"}, {"loss_on": "answer"}):
-        with pytest.raises(sft.BadInput, match="line 1: --cot, --perturb and --loss_on .* need a completion"):
-            rows_of(path, prompter, **flags)
+    with pytest.raises(sft.BadInput, match=f"line 1: --loss_on {loss_on} needs a completion"):
+        rows_of(path, prompter, loss_on=loss_on)
 
 
-def test_rejection_sampling(folder, tmp_path, monkeypatch):
-    """The file holds what was kept, the same on two ranks; --data reads it; what is learnt is what was sampled."""
-    monkeypatch.setattr(sft, "kept", lambda group, keep, cap: group[:cap])  # a random model writes nothing right
-    flags = ["--model", str(folder), "--sample", "3", "--eval_samples", "2", "--cap", "1", "--keep", "all"]
-    flags += ["--max_new_tokens", "8", "--eval_problems", "0"]
-    out = tmp_path / "a"
-    assert sft.main(sft.train, sft.Config, [*flags, "--out", str(out)]) == 0
-    lines = [json.loads(line) for line in (out / "sampled.jsonl").read_text(encoding="utf-8").splitlines()]
-    task = rewards.make_task("countdown")
-    assert [line["prompt"] for line in lines] == [task.compact(task.problem("train", 0, i)) for i in range(3)]
-    assert all(line["attempts"] == 2 and line["solved"] == 0 and line["correct"] is False for line in lines)
-    [metrics] = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert metrics["kept"] == 3 and metrics["accuracy"] == 0
-    learn = ["--model", str(folder), "--data", str(out / "sampled.jsonl"), "--steps", "1", "--batch_size", "2"]
-    assert sft.main(sft.train, sft.Config, [*learn, "--eval_problems", "0", "--out", str(tmp_path / "b")]) == 0
+class Template:
+    """A chat template with visible turns."""
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        text = "".join(f"[{m['role']}]{m['content']}[end]" for m in messages)
+        return text + "[assistant]" * add_generation_prompt
+
+
+class Rewriting(Template):
+    """It drops the first turn of a longer chat."""
+
+    def apply_chat_template(self, messages, **options):
+        return super().apply_chat_template(messages[len(messages) > 2 :], **options)
+
+
+ROLES = [("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
+CHAT = [{"role": role, "content": content} for role, content in ROLES]
 
 
 def test_chat_learns_every_assistant_turn_and_nothing_else():
-    """A template with visible turns; the generation prompt is given, the reply and its end token are learnt."""
-
-    def fill(messages, reply):
-        text = "".join(f"[{m['role']}]{m['content']}[end]" for m in messages)
-        return text + ("[assistant]" if reply else "")
-
-    prompter = SimpleNamespace(style="chat", fill=fill)
-    roles = [("system", "s"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
-    parts = sft.chat_parts(prompter, [{"role": r, "content": c} for r, c in roles])
+    """The generation prompt is given, the reply and its end token are learnt."""
+    parts = sft.chat_parts(SimpleNamespace(style="chat", chat=Template()), CHAT)
     assert [text for text, learnt in parts if learnt] == ["a1[end]", "a2[end]"]
-    assert "".join(text for text, _ in parts) == fill([{"role": r, "content": c} for r, c in roles], False)
+    whole = Template().apply_chat_template(CHAT, False, False)
+    assert "".join(text for text, _ in parts) == whole
+    with pytest.raises(sft.BadInput, match="rewrites earlier turns"):
+        sft.chat_parts(SimpleNamespace(style="chat", chat=Rewriting()), CHAT)
+
+
+def test_an_epoch_is_every_line_in_a_new_order(prompter, folder, tmp_path, monkeypatch):
+    """Of 5 lines in batches of 4: the first five rows are all, the next five in another order."""
+    lines = [{"prompt": "1=", "completion": "x" * n} for n in range(1, 6)]
+    seen = []
+
+    def update_model(run, model, optimizer, rows, lr):
+        seen.extend(len(ids) - 3 for ids, _ in rows)
+        return {"tokens": 1}
+
+    monkeypatch.setattr(sft, "update_model", update_model)
+    flags = f"--model {folder} --data {write(tmp_path / 'a.jsonl', lines)} --steps 5 --batch_size 4"
+    flags += f" --eval_problems 0 --out {tmp_path / 'run'}"
+    assert sft.main(sft.train, sft.Config, flags.split()) == 0
+    epochs = [tuple(seen[i : i + 5]) for i in range(0, 20, 5)]
+    assert all(sorted(epoch) == [1, 2, 3, 4, 5] for epoch in epochs)
+    assert len(set(epochs)) > 1
+
+
+def test_a_new_model_starts_from_scratch_and_is_resumed(cwd):
+    """As run.json says; two and two steps are four, by the weights."""
+    flags = "--num_layers 1 --hidden_size 32 --batch_size 4 --eval_problems 0 --warmup_steps 10"
+
+    def run(more):
+        return sft.main(sft.train, sft.Config, [*flags.split(), *more.split()])
+
+    assert run("--steps 2 --out a") == run("--steps 4 --out b") == 0
+    assert json.loads(Path("a/run.json").read_text())["config"]["model"] == "scratch"
+    assert sft.main(sft.train, sft.Config, "--resume a --steps 4".split()) == 0
+    weights = [sft.load_file(f"{name}/step-000004/model.safetensors") for name in "ab"]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--hidden_size 48", "--hidden_size 48 is no multiple of 32"),
+        ("--model tiny --num_layers 2", "--num_layers and --hidden_size are not for --model tiny"),
+        ("--task gsm8k", "gsm8k and math read a file"),
+        ("--task s3", "--task s3 makes no traces: give --data"),
+    ],
+)
+def test_flags_that_would_do_nothing(cwd, capfd, flags, message):
+    assert sft.main(sft.train, sft.Config, flags.split()) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("sft.py: error: ") and message in err and err.count("\n") == 1
 
 
 def test_make_tiny_is_reproducible(folder, tmp_path):
-    sft.make_tiny(tmp_path, sft.Config(num_layers=1, hidden_size=32))
-    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    sft.make_tiny(tmp_path, sft.Config(num_layers=1, hidden_size=32, seed=1))
-    assert (tmp_path / "model.safetensors").read_bytes() != (folder / "model.safetensors").read_bytes()
+    made = []
+    for seed in (0, 1):
+        path = tmp_path / str(seed)
+        path.mkdir()
+        sft.make_tiny(path, sft.Config(num_layers=1, hidden_size=32, seed=seed))
+        made.append((path / "model.safetensors").read_bytes())
+    assert made[0] == (folder / "model.safetensors").read_bytes() != made[1]
+
+
+def test_the_schedule_moves_both_groups(folder, tmp_path, monkeypatch):
+    """Norms too: the learning rate of every parameter is that of the step."""
+    rates = []
+
+    def step(optimizer):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    flags = f"--model {folder} --steps 2 --batch_size 2 --eval_problems 0 --out {tmp_path / 'run'}"
+    assert sft.main(sft.train, sft.Config, flags.split()) == 0
+    assert rates == [[2e-3 / 50] * 2, [2 * 2e-3 / 50] * 2]

@@ -1,21 +1,38 @@
-"""specreason.py: the vectors, the exactness of speculative decoding, the caches, and runs as a user meets them."""
+"""specreason.py and docs/experiments/specreason.py: the vectors, the exactness of speculative decoding, the caches,
+the limit on tokens, and runs as a user meets them."""
 
+import doctest
+import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from conftest import finish, lines_of, start
+from conftest import ROOT, finish, lines_of, start
 from test_vectors import cases, check, near
 
 import rewards
 import specreason as sr
 
-SMALL = "--eval_problems 2 --sweep_problems 1 --max_new_tokens 24 --max_step_tokens 12 --thresholds 1,9"
+SMALL = "--eval_problems 2 --max_new_tokens 24 --max_step_tokens 12"
+SWEEP = f"{SMALL} --sweep_problems 1 --thresholds 1,9"
+
+
+def load_tool():
+    """docs/experiments/specreason.py, beside the script of the same name."""
+    spec = importlib.util.spec_from_file_location("specreason_tool", ROOT / "docs" / "experiments" / "specreason.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
 
 
 @pytest.fixture(autouse=True)
@@ -119,15 +136,15 @@ def test_speculative_decoding_vectors(case):
         near("test_time", case, behind.tolist(), expected["last_token_distribution"], 1e-9)
     else:
         alphas = given.get("alphas") or [given["alpha"]] * given["gamma"]
-        near("test_time", case, sr.expected_tokens(alphas), expected["expected_tokens_per_target_call"], 1e-9)
+        near("test_time", case, tool.expected_tokens(alphas), expected["expected_tokens_per_target_call"], 1e-9)
         if "accepted_count_pmf" in expected:  # tokens per call = 1 + the mean of this distribution
             mean = sum(k * p for k, p in enumerate(expected["accepted_count_pmf"]))
-            near("test_time", case, sr.expected_tokens(alphas), 1 + mean, 1e-9)
+            near("test_time", case, tool.expected_tokens(alphas), 1 + mean, 1e-9)
             near("test_time", case, math.prod(alphas), expected["prob_all_accepted"], 1e-9)
-            factor = sr.decoding_speedup(alphas, given["cost_ratio_c"])
+            factor = tool.decoding_speedup(alphas, given["cost_ratio_c"])
             near("test_time", case, factor, expected["walltime_factor_verify_cost_1"], 1e-9)
         if "verify_cost_v" in given:
-            factor = sr.decoding_speedup(alphas, given["cost_ratio_c"], given["verify_cost_v"])
+            factor = tool.decoding_speedup(alphas, given["cost_ratio_c"], given["verify_cost_v"])
             near("test_time", case, factor, expected["walltime_factor_measured_verify"], 1e-9)
 
 
@@ -141,14 +158,16 @@ class Table:
 
     def __init__(self, logits: torch.Tensor, seed: int, temperature: float = 1.0):
         self.rows = (logits / temperature).softmax(-1)
-        self.rng = np.random.default_rng(seed)
-        self.uniforms = iter(self.rng.random, None)
+        self.random = np.random.default_rng(seed)
 
     def probs(self, text, count=1):
         return self.rows[text[-count:]]
 
+    def uniforms(self, like, count):
+        return like.new_tensor(self.random.random(count))
+
     def draw(self, probs):
-        return int(sr.draw(probs[None], torch.tensor([[next(self.uniforms)]], dtype=probs.dtype)))
+        return int(sr.draw(probs[None], self.uniforms(probs, 1)[None]))
 
     def forget(self, length): ...
 
@@ -211,24 +230,30 @@ def test_four_planted_bugs_are_found(bug, monkeypatch):
     assert deviates(p, lambda: sr.write_speculatively(base, draft, [0], 2, set(), 2, []))
 
 
-def contest(flags: str = "", double: bool = False) -> sr.Contest:
-    cfg = sr.parse_config(sr.Config, flags.split())
-    base, draft = (sr.load_model(sr.resolve_model(name)) for name in ("tiny-judge", "tiny-draft"))
+def pair_of(flags: str = "", kind=sr.Pair, double: bool = False) -> sr.Pair:
+    cfg = sr.parse_config(tool.Config, flags.split() + ["--model", "tiny-judge"] * ("--model" not in flags))
+    run = SimpleNamespace(cfg=cfg, device=torch.device("cpu"), dtype=torch.float32)
+    with torch.inference_mode(False):
+        base = sr.Run.load(run, sr.BY_SIZE)[1]
+        draft = sr.load_draft(run, base)
     if double:
         base.double(), draft.double()
-    sr.Run.choose(SimpleNamespace(cfg=cfg), base, sr.BY_SIZE)
-    return sr.Contest(cfg, base, draft, sr.Prompter(base, rewards.make_task(cfg.task), False))
+    with patch.object(tool, "measure", return_value={}):  # seconds
+        return kind(cfg, base, draft, sr.Prompter(base, rewards.make_task(cfg.task), False))
+
+
+def training_problem(number: int) -> dict:
+    return rewards.make_task("countdown").problem("train", 9, number)
 
 
 def test_real_model_writes_its_own_distribution():
     """z of the surprisal: sum of (-log p(x_t) - H_t) over its standard deviation is N(0, 1) under exactness."""
-    c = contest("--max_new_tokens 200")
+    c = pair_of("--max_new_tokens 200")
     total = variance = count = 0.0
     for n in range(28):
-        c.solve_one(n, c.prompter.task.problem("train", 9, n), "spec_decode", {"gamma": 4})
-        a = c.answer
-        logits = sr.Reader(c.models[0], 400, c.size, c.cfg, (0, 0, 0, 0)).read(a.prompt + a.tokens, len(a.tokens) + 1)
-        logprobs = logits[:-1].double().log_softmax(-1)
+        a, _, _ = c.answer(n, training_problem(n), gamma=4)
+        logits = c.reread(a)
+        logprobs = logits.double().log_softmax(-1)
         p = logprobs.exp()
         entropy = torch.special.entr(p).sum(-1)
         spread = (p * logprobs.clamp(min=-100).square()).sum(-1) - entropy.square()
@@ -239,63 +264,112 @@ def test_real_model_writes_its_own_distribution():
 
 
 def test_greedy_tokens_are_equal():
-    c = contest("--temperature 0 --max_new_tokens 100", double=True)
+    c = pair_of("--temperature 0 --max_new_tokens 100", double=True)
     for n in range(6):
-        problem = c.prompter.task.problem("train", 9, n)
-        c.solve_one(n, problem, "base", {})
-        alone = c.answer.tokens
-        c.solve_one(n, problem, "x", {"gamma": 4})
-        assert alone == c.answer.tokens and len(c.rounds) < 0.8 * len(alone)
+        alone, _, _ = c.answer(n, training_problem(n))
+        both, _, record = c.answer(n, training_problem(n), gamma=4)
+        assert alone.tokens == both.tokens and record["rounds"] < 0.8 * len(alone.tokens)
 
 
 # ------------------------------------------------------------------------------------------- SpecReason's machine
 
 
-@pytest.mark.parametrize("threshold, way", [(0.0, "draft"), (10.0, "base")])
-def test_thresholds_beyond_the_scale_are_the_models_alone(threshold, way):
+@pytest.mark.parametrize("threshold", [0.0, 10.0])
+def test_thresholds_beyond_the_scale_are_the_models_alone(threshold):
     """All kept is the draft alone, all refused the base alone: token for token, with the same random numbers."""
-    c = contest("--max_new_tokens 150")
-    c.drop, c.quantiles = (), [-1.0, -0.1]
+    c = pair_of("--max_new_tokens 150")
+    c.drop, c.own_steps = (), [-1.0, -0.1]
     for n in range(3):
-        problem = c.prompter.task.problem("train", 9, n)
-        other = c.solve_one(n, problem, "x", {"threshold": threshold, "score": "likelihood"})
-        tokens = c.answer.tokens
-        c.solve_one(n, problem, way, {})
-        assert tokens == c.answer.tokens and other["accepted"] == (threshold == 0) * other["drafted"]
+        done, steps, record = c.answer(n, training_problem(n), c.points, threshold)
+        assert record["accepted"] == (threshold == 0) * record["drafted"] == len(steps) * (threshold == 0)
+        if threshold:
+            assert done.tokens == c.answer(n, training_problem(n))[0].tokens
+            continue
+        reader = sr.Reader(c.draft, c.size, len(done.prompt) + 200, c.cfg, (0, 1, n, 0))
+        tokens = []
+        while len(tokens) < 150 and not (tokens and tokens[-1] in c.eos):
+            tokens += sr.write(reader, done.prompt + tokens, min(48, 150 - len(tokens)), c.ends)
+        assert done.tokens == tokens
 
 
 def test_base_alone_is_generate():
     """A problem at a time and `generate` of the shared sampler draw the same tokens from the same numbers."""
-    c = contest("--max_new_tokens 60")
-    problem = c.prompter.task.problem("train", 9, 0)
-    c.solve_one(5, problem, "base", {})
-    a = c.answer
+    c = pair_of("--max_new_tokens 60")
+    a, _, record = c.answer(5, training_problem(0))
     uniforms = torch.from_numpy(sr.row_uniforms(0, 0, 5, 0, 60))[None]
-    s = sr.generate(c.models[0], [a.prompt], uniforms)
-    assert a.tokens[: int(s.lengths[0])] == s.tokens[0, : s.lengths[0]].tolist()
+    s = sr.generate(c.base, [a.prompt], uniforms)
+    assert a.tokens == s.tokens[0, : s.lengths[0]].tolist()
+    assert a.finished == (a.tokens[-1] in c.eos) == (record["clipped_ratio"] == 0)
 
 
-def test_caches_hold_the_kept_text_and_nothing_else(monkeypatch):
+@pytest.mark.parametrize("limit, flags", [(1, ""), (7, ""), (33, "--score digit")])
+def test_nothing_is_written_past_the_limit(limit, flags, monkeypatch):
+    """Whoever writes; and what fits is what a larger limit lets be written."""
+    c, longer = (pair_of(f"--max_new_tokens {n} {flags}", tool.Experiment) for n in (limit, limit + 30))
+    for pair in (c, longer):
+        pair.own_steps = [-2.0, -0.5, -0.1]
+    cut_short = 0
+    for n in range(2):
+        longer_ways = longer.ways(n)
+        for name, how in c.ways(n).items():
+            done, steps, record = c.answer(n, training_problem(n), **how)
+            whole, _, _ = longer.answer(n, training_problem(n), **longer_ways[name])
+            assert len(done.tokens) <= limit and record["tokens"] == len(done.tokens), name
+            assert max(len(step.drafted or []) for step in steps) <= limit
+            if name in ("base", "spec_decode", "draft"):
+                assert done.tokens == whole.tokens[:limit], name
+                cut_short += len(whole.tokens) > limit
+                assert done.finished == (len(whole.tokens) < limit), name
+    assert cut_short
+
+
+@pytest.mark.parametrize("how", [{"score": "likelihood"}, {"score": "digit", "gamma": 3}, {"gamma": 3}])
+def test_caches_hold_the_kept_text_and_nothing_else(monkeypatch, how):
     """After a problem with refusals each cache equals that of one pass over the text it has read."""
-    c = contest("--max_new_tokens 120 --gamma 3")
-    c.quantiles = [-2.0, -0.5, -0.1]
-    monkeypatch.setattr(c, "grade", None)  # no score asks the solver
-    for settings in ({"threshold": 4.0, "score": "likelihood"}, {"threshold": 4.0, "score": "digit", "gamma": 3}):
-        a = c.solve_one(1, c.prompter.task.problem("train", 9, 1), "x", settings)
-        assert 0 < a["drafted"]
-        text = c.answer.prompt + c.answer.tokens
-        for reader in c.readers:
-            known = min(reader.known, len(text))
-            fresh = sr.Reader(reader.model, known + 1, c.size, c.cfg, (0, 0, 0, 0))
+    readers, how = [], dict(how)
+
+    class Kept(sr.Reader):
+        def __init__(self, *args):
+            super().__init__(*args)
+            readers.append(self)
+
+    monkeypatch.setattr(sr, "Reader", Kept)
+    flags = f"--score {how.pop('score')}" if "score" in how else ""
+    c = pair_of(f"--max_new_tokens 120 --max_step_tokens 13 {flags}")  # short: steps are cut inside a round
+    c.own_steps, c.request = [-2.0, -0.5, -0.1], c.prompter.encode("<score>")
+    score = {"score": c.points, "threshold": 4.0} if flags else {}
+    done, _, record = c.answer(1, training_problem(1), **score, **how)
+    assert not flags or 0 < record["accepted"] < record["drafted"]
+    text = done.prompt + done.tokens
+    assert len(readers) == 2
+    for reader in list(readers):
+        known = min(reader.known, len(text))
+        fresh = sr.Reader(reader.model, c.size, known + 1, c.cfg, (0, 0, 0, 0))
+        if known:
             fresh.read(text[:known])
-            for name in ("keys", "values"):
-                ours, right = (getattr(r.cache, name)[..., :known, :] for r in (reader, fresh))
-                torch.testing.assert_close(ours, right, atol=1e-4, rtol=1e-4)
+        for name in ("keys", "values"):
+            for ours, right in zip(getattr(reader.cache, name), getattr(fresh.cache, name), strict=True):
+                torch.testing.assert_close(ours[:, :, :known], right[:, :, :known], atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_cut_inside_a_round_leaves_no_trace():
+    """Kept tokens beyond the limit of a step are not part of the text: both readers forget them."""
+
+    class Counted(Table):
+        known = 99
+
+        def forget(self, length):
+            self.known = min(self.known, length)
+
+    p, _ = tables()
+    base, draft, rounds = Counted(p, 1), Counted(p, 2), []
+    assert len(sr.write_speculatively(base, draft, [0, 0], 2, set(), 4, rounds)) == 2
+    assert rounds == [(4, 4)] and base.known == draft.known == 4
 
 
 def test_reader_reads_only_what_is_new():
-    c = contest()
-    passes, reader = [], sr.Reader(c.models[0], 40, c.size, c.cfg, (0, 0, 0, 0))
+    c = pair_of()
+    passes, reader = [], sr.Reader(c.base, c.size, 40, c.cfg, (0, 0, 0, 0))
     reader.model.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[1]))
     text = list(range(50, 70))
     whole = reader.read(text)
@@ -308,12 +382,12 @@ def test_reader_reads_only_what_is_new():
 
 
 def test_idle_layers_change_nothing_but_the_time():
-    c, tokens = contest(), torch.arange(50, 80)[None]
-    before = c.models[0](tokens)
+    c, tokens = pair_of(), torch.arange(50, 80)[None]
+    before = c.base(tokens)
     with torch.inference_mode(False):
-        sr.deepen(c.models[0], 3)
-    assert torch.equal(before, c.models[0](tokens)) and len(c.models[0].model["layers"]) == 9
-    assert sr.Cache(c.models[0], 1, 4).keys.shape[0] == 9
+        tool.deepen(c.base, 3)
+    assert torch.equal(before, c.base(tokens)) and len(c.base.model.layers) == 9
+    assert len(sr.Cache(c.base, 1, 4).keys) == 9 == c.base.config["num_hidden_layers"]
 
 
 def test_digits_and_likelihood():
@@ -348,7 +422,7 @@ def test_data_that_teaches(tmp_path):
     steps = ["7+5*1=7+5=12>2\n", "7-5*1=7-5=3>2\n", "7+5*1=7+5=12>2\n", "</think><answer>7-5*1</answer>"]
     answer = {"prompt": "7,1,5=2<think>", "completion": "".join(steps)}
     (tmp_path / "drafted.jsonl").write_text(30 * (json.dumps(answer) + "\n"), encoding="utf-8")
-    sr.graded_steps(str(tmp_path / "drafted.jsonl"), str(tmp_path / "judge.jsonl"), 0)
+    tool.graded_steps(str(tmp_path / "drafted.jsonl"), str(tmp_path / "judge.jsonl"), 0)
     rows = lines_of(tmp_path / "judge.jsonl")
     assert len(rows) == 120 and all(list(row) == ["prompt", "completion"] for row in rows)
     befores = [set() for _ in steps]
@@ -362,33 +436,87 @@ def test_data_that_teaches(tmp_path):
     assert befores == [{""}, {"", steps[0]}, {"", steps[0]}, {"", steps[2], steps[0] + steps[2]}]
     (tmp_path / "drafted.jsonl").write_text('{"prompt": "7+5=", "completion": "x"}', encoding="utf-8")
     with pytest.raises(rewards.BadInput, match="drafted.jsonl, line 1"):
-        sr.graded_steps(str(tmp_path / "drafted.jsonl"), str(tmp_path / "judge.jsonl"), 0)
+        tool.graded_steps(str(tmp_path / "drafted.jsonl"), str(tmp_path / "judge.jsonl"), 0)
 
 
 def test_the_digit_is_that_of_a_plain_pass_and_leaves_no_trace():
     """Points of a step are eq. 2 of one pass without a cache; <score> is forgotten at once. Only the judge knows it."""
-    c, problem = contest(), rewards.make_task("countdown").problem("train", 9, 0)
-    c.readers = [sr.Reader(c.models[0], 100, c.size, c.cfg, (0, 0, 0, 0))]
+    c, problem = pair_of("--score digit", tool.Experiment), training_problem(0)
+    reader = sr.Reader(c.base, c.size, 100, c.cfg, (0, 0, 0, 0))
     text, line = c.prompter.text(problem), c.prompter.task.trace(problem, Random(0)).partition("\n")[0] + "\n"
     text, step = c.prompter.encode(text), c.prompter.encode(line)
-    points = c.points("digit", 0.5, text, step)
-    logits = c.models[0].logits(c.models[0](torch.tensor([text + step + c.prompter.encode("<score>")])))[0, -1]
+    points = c.points(reader, text, step)
+    logits = c.base.logits(c.base(torch.tensor([text + step + c.prompter.encode("<score>")])))[0, -1]
     digits = logits[c.digits].softmax(-1)
     assert points == pytest.approx(float(digits @ torch.arange(10.0)), abs=0.02)
-    assert c.readers[0].known == len(text + step) and digits[[0, 5, 9]].sum() > 0.95
-    assert c.knows_score()
-    c.models = sr.load_model(sr.resolve_model("tiny-rl")), c.models[1]
-    assert not c.knows_score()
+    assert reader.known == len(text + step) and digits[[0, 5, 9]].sum() > 0.95
+    assert tool.knows_score(c)
+    with pytest.raises(rewards.BadInput, match="was not taught <score>"):
+        pair_of("--score digit --model tiny-rl", tool.Experiment)
+
+
+def test_docstring_examples():
+    assert doctest.testmod(tool) == (0, 2)
+
+
+def test_calibration():
+    """u of eq. 3 is a rank among the base's own steps: a step as bad as its worst tenth gets 1."""
+    c = pair_of("--max_new_tokens 40")
+    c.calibrate()
+    own = c.own_steps
+    assert len(own) >= 48 and own == sorted(own) and own[-1] <= 0
+    problem = c.prompter.task.problem("train", 0, 3)  # one of those it was calibrated on
+    done, steps, _ = c.answer(3, problem)
+    reader, text = sr.Reader(c.base, c.size, 99, c.cfg, (0,)), list(done.prompt)
+    for step in steps:
+        u = c.points(reader, text, step.tokens)
+        least = sr.least_agreement(c.reread(done)[len(text) - len(done.prompt) :][: len(step.tokens)], step.tokens)
+        place = min(range(len(own)), key=lambda i: abs(own[i] - least))
+        assert own[place] == pytest.approx(least, abs=1e-4)
+        assert u == pytest.approx(min(9, 10 * place / len(own)), abs=10 * (1 + own.count(own[place])) / len(own))
+        text += step.tokens
+
+
+def test_controls():
+    """A coin keeps SpecReason's share of steps, the oracle what a solver calls right, `draft` everything."""
+    c = pair_of("--max_new_tokens 150", tool.Experiment)
+    c.own_steps = [-4.0, -2.0, -0.5, -0.1]
+    kept = {"specreason": [], "coin": []}
+    for n in range(6):
+        ways = c.ways(n)
+        assert list(ways) == ["base", "spec_decode", "specreason", "coin", "draft", "threshold 0.1",
+                              "threshold 1", "threshold 5", "hierarchical", "oracle"]  # fmt: skip
+        for name in ("specreason", "coin", "oracle", "draft"):
+            _, steps, record = c.answer(n, training_problem(n), **ways[name])
+            if name in kept:
+                kept[name].append(record["accepted"] / record["drafted"])
+            if name == "specreason":
+                assert [u for u, _ in record["marks"]] == [s.score for s in steps]
+                assert {type(right) for _, right in record["marks"][:-1]} <= {bool}  # the last may be cut
+                assert record["clipped_ratio"] or record["marks"][-1][1] is not None
+            if name == "oracle":
+                assert all((s.score > 0) == (s.writer == "draft") for s in steps)
+            if name == "draft":
+                assert {s.writer for s in steps} == {"draft"}
+    assert 0.2 < np.mean(kept["specreason"]) < 0.95
+    assert np.mean(kept["coin"]) == pytest.approx(np.mean(kept["specreason"]), abs=0.25)
+    assert list(c.ways(c.cfg.sweep_problems)) == ["base", "spec_decode", "specreason"]
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs
 
 
 @pytest.fixture
-def go(cwd, capfd):
-    def go(flags: str) -> SimpleNamespace:
+def go(cwd, capfd, monkeypatch):
+    def calibrate(pair):  # seconds; see test_calibration
+        pair.own_steps = [-2.0, -0.5, -0.1]
+
+    monkeypatch.setattr(sr.Pair, "calibrate", calibrate)
+
+    def go(flags: str, module=sr) -> SimpleNamespace:
+        loop = sr.solve if module is sr else tool.experiment
         with torch.inference_mode(False):
-            code = sr.main(sr.solve, sr.Config, flags.split())
+            code = sr.main(loop, module.Config, flags.split())
         out, err = capfd.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)
 
@@ -402,40 +530,129 @@ def test_a_run_and_its_files(go, cwd):
         "run.json", "metrics.jsonl", "samples.jsonl", "specreason.py", "step-000002"
     }  # fmt: skip
     (line,) = lines_of(cwd / "a" / "metrics.jsonl")
-    assert line["eval/problems/base"] == 2 and line["eval/problems/oracle"] == 1 and line["eval/speedup/base"] == 1
-    for word in ("device", "cost   ms", "speculative decoding: alpha", "threshold 9", "coin", "points, above"):
-        assert word in done.out, word
+    ways = {name.split("/")[2] for name in line if name.startswith("eval/accuracy/")}
+    assert ways == {"base", "spec_decode", "specreason"} and line["eval/speedup/base"] == 1
+    for way in ways:  # the table, side by side
+        (row,) = [row.split() for row in done.out.splitlines() if row.split()[:1] == [way]]
+        assert float(row[1]) == pytest.approx(line[f"eval/accuracy/{way}"], abs=1e-3)
+        assert float(row[-1]) == pytest.approx(line[f"eval/speedup/{way}"], abs=1e-3)
     (sample,) = lines_of(cwd / "a" / "samples.jsonl")
-    assert len(sample["tokens"]) == len(sample["logprobs"]) and max(sample["logprobs"]) <= 0
+    assert 0 < len(sample["tokens"]) == len(sample["logprobs"]) <= 24 and max(sample["logprobs"]) <= 0
+    (record,) = [r["specreason"] for r in records_of(cwd / "a")[1:]]
+    assert record["tokens"] == len(sample["tokens"]) and len(record["marks"]) == record["drafted"]
 
 
-def answers(folder: Path) -> list[dict]:
+def test_the_tool_writes_the_same_records_and_more(go, cwd):
+    assert go(f"{SMALL} --out a").code == 0
+    done = go(f"{SWEEP} --out b", tool)
+    assert (done.code, done.err) == (0, "")
+    for words in ("points, above", "area under the curve", "tokens per pass", "predicted specreason", "threshold"):
+        assert words in done.out, words
+    plain, more = records_of(cwd / "a"), records_of(cwd / "b")
+    assert set(more[0]) > set(more[1]) == {"base", "spec_decode", "specreason"} and "threshold 9" in more[0]
+    for a, b in zip(plain, more, strict=True):
+        for way in a:
+            marks = [record[way].pop("marks") for record in (a, b)]
+            assert a[way] == b[way] and [u for u, _ in marks[0]] == [u for u, _ in marks[1]]
+            assert {right for _, right in marks[0]} <= {None} and {right for _, right in marks[1][:-1]} <= {True, False}
+    table = go("--tables b", tool)
+    assert table.code == 0 and table.out.strip() in done.out
+    assert go("--tables nothing", tool).code == 2
+
+
+@pytest.mark.parametrize("flags, words", {
+    "--draft tiny --score digit": "cannot read",
+    "--model {plain}": "--draft",
+    "--draft {other}": "another tokenizer",
+    "--top_p 0": "--top_p 0",
+    "--resume {plain}": "run.json",
+    "--task multiplication:max_digits=1 --eval_problems 20": "20",
+}.items())  # fmt: skip
+def test_bad_input(go, cwd, small, flags, words):
+    other = json.loads((small / "tokenizer.json").read_text(encoding="utf-8"))
+    other["model"]["vocab"]["<odd>"] = max(other["model"]["vocab"].values()) + 1
+    for name, text in (("plain", None), ("other", json.dumps(other))):
+        folder = cwd.parent / name
+        folder.mkdir()
+        for path in small.iterdir():
+            folder.joinpath(path.name).write_bytes(path.read_bytes())
+        if text:
+            (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    given = {"plain": cwd.parent / "plain", "other": cwd.parent / "other"}
+    done = go(f"{SMALL} {flags.format(**given)}")
+    assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done.err
+    assert not list(cwd.iterdir())
+
+
+def records_of(folder: Path) -> list[dict]:
     """What a run knows of every problem, but for the times."""
     saved = json.loads(next(folder.glob("step-*")).joinpath("records.json").read_text())["records"]
     return [{way: {k: v for k, v in r.items() if "seconds" not in k} for way, r in row.items()} for row in saved]
 
 
 def test_resume_goes_on_with_the_same_answers(go, cwd):
-    assert go(f"{SMALL} --model tiny-judge --score digit --out whole --eval_problems 3").code == 0
-    assert go(f"{SMALL} --model tiny-judge --score digit --out halves").code == 0
-    assert go("--resume halves --eval_problems 3").code == 0
-    assert answers(cwd / "whole") == answers(cwd / "halves")
+    for flags, module in (("", sr), ("--model tiny-judge --score digit --sweep_problems 1", tool)):
+        assert go(f"{SMALL} {flags} --out whole{len(flags)} --eval_problems 3", module).code == 0
+        assert go(f"{SMALL} {flags} --out halves{len(flags)}", module).code == 0
+        assert go(f"--resume halves{len(flags)} --eval_problems 3", module).code == 0
+        whole, halves = cwd / f"whole{len(flags)}", cwd / f"halves{len(flags)}"
+        assert records_of(whole) == records_of(halves)
+        assert [row["step"] for row in lines_of(halves / "metrics.jsonl")] == [2, 3]
+        assert [path.name for path in halves.glob("step-*")] == ["step-000003"]
+        assert lines_of(whole / "samples.jsonl")[-1] == lines_of(halves / "samples.jsonl")[-1]
+
+
+def test_ctrl_c_saves_and_a_resume_goes_on(go, cwd, monkeypatch):
+    answer = sr.Pair.answer
+
+    def interrupt(self, number, *args, **how):
+        if number == 1 and "gamma" in how:
+            sr.os.kill(sr.os.getpid(), sr.signal.SIGINT)
+        return answer(self, number, *args, **how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sr.Pair, "answer", interrupt)
+        done = go(f"{SMALL} --out a --eval_problems 4")
+        assert done.code == 130 and "--resume a" in done.out
+        assert len(records_of(cwd / "a")) == 2
+        patched.setattr(sr.Pair, "answer", answer)
+        assert go("--resume a").code == 0
+        assert go(f"{SMALL} --out whole --eval_problems 4").code == 0
+    assert records_of(cwd / "a") == records_of(cwd / "whole")
 
 
 @pytest.mark.slow
-def test_torchrun_with_two_ranks(go, cwd):
+def test_torchrun_with_two_ranks(cwd):
     """Two processes share the problems; the answers are those of one."""
     flags = f"{SMALL} --eval_problems 3"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = finish(start("specreason", f"{flags} --out two", cwd, launch))
-    assert done.code == 0 and done.out.count("speculative decoding: alpha") == 1, done.err
-    assert go(f"{flags} --out one").code == 0 and answers(cwd / "one") == answers(cwd / "two")
-    assert json.loads((cwd / "two" / "run.json").read_text(encoding="utf-8"))["ranks"] == 2
+    assert done.code == 0 and done.out.count("speedup\n") == 1, done.err
+    assert finish(start("specreason", f"{flags} --out one", cwd)).code == 0
+    assert records_of(cwd / "one") == records_of(cwd / "two")
+    assert json.loads((cwd / "two" / "run.json").read_text(encoding="utf-8"))["device"] == "2 cpu"
 
 
-def test_vocabularies_of_two_sizes():
-    models = [SimpleNamespace(config={"vocab_size": n}, vocab_bias=None, lm_head=SimpleNamespace(weight=torch.zeros(1)))
-              for n in (12, 10)]  # fmt: skip
-    models[1].vocab_bias = torch.tensor([0.0] * 9 + [-math.inf])
-    assert sr.share_vocabulary(*models) == 10
-    assert [m.vocab_bias.isinf().sum().item() for m in models] == [3, 1] and len(models[0].vocab_bias) == 12
+def test_padding_is_never_drawn_whichever_model_has_more_of_it():
+    """Two models with one tokenizer and embeddings of two sizes (Qwen2.5-1.5B, -7B): p and q fit."""
+    c = pair_of()
+    for longer in (c.base, c.draft):
+        head = torch.nn.Parameter(torch.cat([longer.lm_head.weight, 9 * torch.ones(64, longer.config["hidden_size"])]))
+        longer.lm_head.weight, longer.config["vocab_size"] = head, len(head)
+        longer.vocab_bias = torch.zeros(len(head))
+        longer.vocab_bias[c.size :] = -torch.inf
+        other = sr.Pair(c.cfg, c.base, c.draft, c.prompter)
+        probs = [sr.Reader(m, other.size, 9, c.cfg, (0,)).probs([60, 61], 2) for m in (c.base, c.draft)]
+        assert probs[0].shape == probs[1].shape and all(float(p[:, c.size :].sum()) == 0 for p in probs)
+        assert max(other.answer(1, training_problem(1), gamma=2)[0].tokens) < c.size
+
+
+@pytest.mark.parametrize("model, draft", [("Qwen2.5-1.5B", "Qwen2.5-0.5B"), ("Qwen/Qwen3-1.7B-Base", "Qwen3-0.6B-Base")])
+def test_the_draft_is_of_the_bases_family(model, draft, monkeypatch):
+    asked, loaded = [], torch.nn.Linear(1, 1)
+    loaded.tokenizer = SimpleNamespace(get_vocab=dict)
+    monkeypatch.setattr(sr, "resolve_model", lambda name: asked.append(name) or "folder")
+    monkeypatch.setattr(sr, "load_model", lambda folder, device: loaded)
+    run = SimpleNamespace(cfg=sr.Config(model=model), device="cpu", dtype=torch.float32)
+    assert sr.load_draft(run, loaded) is loaded and asked == [draft] == [run.cfg.draft]
+    assert not loaded.weight.requires_grad

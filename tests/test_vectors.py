@@ -50,7 +50,8 @@ READ = {
         "generalpoints": "test_generalpoints, test_generalpoints_extraction, test_generalpoints_episodes",
         "knights_knaves": "test_knights_knaves",
         "navigation": "test_navigation",
-        **dict.fromkeys(("selection", "loss_normalisation", "lr_schedule"), "tests/test_sft.py"),
+        **dict.fromkeys(("loss_normalisation", "lr_schedule"), "tests/test_sft.py"),
+        "selection": "tests/test_traces.py",
     },
     "latent": {
         "coconut": "tests/test_coconut.py",
