@@ -963,7 +963,7 @@ def parse_config(config: type, argv: list[str] | None = None):
             parser.set_defaults(**saved)
         cfg = parser.parse_args(argv)
         if out or saved.keys() != asdict(config()).keys() or not same.items() <= vars(cfg).items():
-            raise BadInput(f"--resume {folder} goes on there, with {same}")
+            raise BadInput(f"--resume {folder} is a run with {same}")
     for f in fields(config):
         value, least = getattr(cfg, f.name), f.metadata["least"]
         if isinstance(value, (int, float)) and not least <= value < math.inf:

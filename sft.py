@@ -573,7 +573,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Model:
         if c.get("tie_word_embeddings"):
             embed = tensors["model.embed_tokens.weight"]
             if not torch.equal(tensors.setdefault("lm_head.weight", embed), embed):
-                raise BadInput(f"{folder}: lm_head is tied, but not embed_tokens")
+                raise BadInput(f"{folder}: lm_head is tied, but differs on disk")
         with torch.device("meta"):
             model = Model(c)
         model.load_state_dict(tensors, assign=True)
@@ -642,6 +642,13 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     cdf = probs.cumsum(-1)
     tokens = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
     return tokens.clamp(max=probs.shape[-1] - 1)
+
+
+def pad_rows(rows: list[list], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Lists of numbers as one tensor (B, T), padded on the right with 0."""
+    longest = max(map(len, rows))
+    padded = [row + [0] * (longest - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=dtype).to(device)
 
 
 class Decoding:
@@ -732,13 +739,6 @@ def generate(
 
 
 # >>> shared: logprobs
-def pad_rows(rows: list[list], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Lists of numbers as one tensor (B, T), padded on the right with 0."""
-    longest = max(map(len, rows))
-    padded = [row + [0] * (longest - len(row)) for row in rows]
-    return torch.tensor(padded, dtype=dtype).to(device)
-
-
 def head_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: float) -> tuple:
     """(N,) log-probability of `chosen` and (N,) entropy, from hidden states (N, C)."""
     logits = model.logits(hidden, temperature)  # (N, V)
@@ -1067,7 +1067,7 @@ def parse_config(config: type, argv: list[str] | None = None):
             parser.set_defaults(**saved)
         cfg = parser.parse_args(argv)
         if out or saved.keys() != asdict(config()).keys() or not same.items() <= vars(cfg).items():
-            raise BadInput(f"--resume {folder} goes on there, with {same}")
+            raise BadInput(f"--resume {folder} is a run with {same}")
     for f in fields(config):
         value, least = getattr(cfg, f.name), f.metadata["least"]
         if isinstance(value, (int, float)) and not least <= value < math.inf:

@@ -639,7 +639,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Model:
         if c.get("tie_word_embeddings"):
             embed = tensors["model.embed_tokens.weight"]
             if not torch.equal(tensors.setdefault("lm_head.weight", embed), embed):
-                raise BadInput(f"{folder}: lm_head is tied, but not embed_tokens")
+                raise BadInput(f"{folder}: lm_head is tied, but differs on disk")
         with torch.device("meta"):
             model = Model(c)
         model.load_state_dict(tensors, assign=True)
@@ -708,6 +708,13 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     cdf = probs.cumsum(-1)
     tokens = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
     return tokens.clamp(max=probs.shape[-1] - 1)
+
+
+def pad_rows(rows: list[list], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Lists of numbers as one tensor (B, T), padded on the right with 0."""
+    longest = max(map(len, rows))
+    padded = [row + [0] * (longest - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=dtype).to(device)
 
 
 class Decoding:
@@ -795,52 +802,6 @@ def generate(
 
 
 # <<< shared: sampler
-
-
-# >>> shared: logprobs
-def pad_rows(rows: list[list], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Lists of numbers as one tensor (B, T), padded on the right with 0."""
-    longest = max(map(len, rows))
-    padded = [row + [0] * (longest - len(row)) for row in rows]
-    return torch.tensor(padded, dtype=dtype).to(device)
-
-
-def head_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: float) -> tuple:
-    """(N,) log-probability of `chosen` and (N,) entropy, from hidden states (N, C)."""
-    logits = model.logits(hidden, temperature)  # (N, V)
-    logprobs = logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
-    with torch.no_grad():
-        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
-    return logprobs, entropy
-
-
-def chosen_logprobs(
-    model: Model, hidden: Tensor, chosen: Tensor, temperature: float = 1.0, chunk: int = 0
-) -> tuple:
-    """The same, `chunk` logits at a time, computed again going backward."""
-    chunk = chunk or (2**23 if hidden.is_cpu else 2**26)
-    size = max(1, chunk // model.config["vocab_size"])
-    if len(chosen) <= size:
-        return head_logprobs(model, hidden, chosen, temperature)
-    parts = []
-    for h, ids in zip(hidden.split(size), chosen.split(size), strict=True):
-        parts.append(checkpoint(head_logprobs, model, h, ids, temperature, use_reentrant=False))
-    logprobs, entropy = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropy)
-
-
-def completion_logprobs(
-    model: Model, tokens: Tensor, mask: Tensor, temperature: float = 1.0, chunk: int = 0
-) -> tuple:
-    """Log-probabilities of tokens[:, 1:] and entropies, (B, T-1), 0 where mask (B, T) is 0."""
-    where = mask[:, 1:].bool()  # only these go through the head
-    hidden = model(tokens[:, :-1])[where]  # (N, C)
-    parts = chosen_logprobs(model, hidden, tokens[:, 1:][where], temperature, chunk)
-    zeros = parts[0].new_zeros(where.shape)
-    return zeros.masked_scatter(where, parts[0]), zeros.masked_scatter(where, parts[1])
-
-
-# <<< shared: logprobs
 
 
 # >>> shared: rollout
@@ -1133,7 +1094,7 @@ def parse_config(config: type, argv: list[str] | None = None):
             parser.set_defaults(**saved)
         cfg = parser.parse_args(argv)
         if out or saved.keys() != asdict(config()).keys() or not same.items() <= vars(cfg).items():
-            raise BadInput(f"--resume {folder} goes on there, with {same}")
+            raise BadInput(f"--resume {folder} is a run with {same}")
     for f in fields(config):
         value, least = getattr(cfg, f.name), f.metadata["least"]
         if isinstance(value, (int, float)) and not least <= value < math.inf:
