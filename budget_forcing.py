@@ -88,7 +88,7 @@ def option(default, help: str, least: float = 0):
 @dataclass
 class Config:
     model: str = option("tiny", "one of models/, a folder, or a name on the hub")
-    task: str = option("countdown", "countdown, multiplication, gsm8k, math :knob=value")
+    task: str = option("countdown", "multiplication, gsm8k, math, FILE.py:Class :knob=1")
     data: str = option("", "JSONL file of the problems (gsm8k, math)")
     chat: bool = option(False, "use the model's chat template")
     max_new_tokens: int = option(0, "longest completion, thinking and answer, 0: by size")
@@ -987,7 +987,7 @@ class Run:
         example = prompter.text(prompter.task.problem("train", cfg.seed, 0))
         heldout(prompter.task, cfg.eval_problems)  # complains
         now = time.strftime("%y%m%d-%H%M%S")
-        name = f"out/{script.stem}-{cfg.task.split(':')[0]}-{cfg.seed}-{now}"
+        name = f"out/{script.stem}-{type(prompter.task).__name__}-{cfg.seed}-{now}"
         if not cfg.resume and (Path(cfg.out or name) / "run.json").exists():
             raise BadInput(f"--out {cfg.out} holds a run: --resume it")
         self.folder = Path(self.gather(cfg.resume or cfg.out or name)[0])

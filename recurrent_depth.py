@@ -830,7 +830,7 @@ class Run:
         example = prompter.text(prompter.task.problem("train", cfg.seed, 0))
         heldout(prompter.task, cfg.eval_problems)  # complains
         now = time.strftime("%y%m%d-%H%M%S")
-        name = f"out/{script.stem}-{cfg.task.split(':')[0]}-{cfg.seed}-{now}"
+        name = f"out/{script.stem}-{type(prompter.task).__name__}-{cfg.seed}-{now}"
         if not cfg.resume and (Path(cfg.out or name) / "run.json").exists():
             raise BadInput(f"--out {cfg.out} holds a run: --resume it")
         self.folder = Path(self.gather(cfg.resume or cfg.out or name)[0])

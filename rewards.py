@@ -37,12 +37,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, is_dataclass
 from fractions import Fraction
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from pickle import UnpicklingError
 from statistics import stdev
 from subprocess import DEVNULL, PIPE, Popen
+from typing import get_type_hints
 
 from jinja2 import TemplateError
 from safetensors import SafetensorError
@@ -54,19 +56,23 @@ class BadInput(ValueError):
     """Something that the user gave is wrong; the message is one line: what, the value seen, what to do."""
 
 
+UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+UNREADABLE += (SafetensorError, TemplateError, UnpicklingError)
+ANYTHING = Exception, SystemExit  # what a user's file can raise while it is executed
+
+
 @contextmanager
-def reading(what: object) -> Iterator[None]:
-    """Where a library reads what the user gave: its error becomes one line of BadInput that names it.
+def reading(what: object, errors: tuple = UNREADABLE) -> Iterator[None]:
+    """Where a library reads what the user gave: its error becomes one line of BadInput.
 
     >>> with reading("--lr"):
     ...     float("fast")
     Traceback (most recent call last):
     rewards.BadInput: --lr: could not convert string to float: 'fast'
     """
-    errors = OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError
     try:
         yield
-    except (*errors, SafetensorError, TemplateError, UnpicklingError) as error:
+    except errors as error:
         if isinstance(error, BadInput):
             raise
         text = " ".join(str(error).split())[:300]
@@ -470,14 +476,20 @@ def compare(records: list[dict]) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------- tasks
-# A task is a dataclass; its fields are the knobs of `--task name:knob=value`, NATURAL their defaults for real
-# models, its methods:
-#   problem(split, seed, index)   the index-th problem of an endless stream, a pure function of its arguments
-#   key(problem)                  what makes two problems the same; its hash decides between train and test
+# A task is a class, here or in a file of yours (`--task FILE.py:Class`, README.md has an example):
+#   problem(split, seed, index)   the index-th problem of an endless stream, a pure function of its
+#                                 arguments; a dict that JSON can hold
+#   score(text, problem, **kw)    one of the scorers above, or what `score` makes of your verdict
 #   question(problem)             the user's message
-#   compact(problem)              the same in a few characters for a tiny tokenizer (generated tasks only)
-#   score(text, problem, **kw)    one of the scorers above
-#   trace(problem, rng)           a completion to imitate, its thought in lines; describe(text, problem): what one did
+#   compact(problem)              the same in a few characters, for a tiny tokenizer
+# and where they are wanted
+#   key(problem)                  what makes two problems the same, its repr if missing; here its
+#                                 hash decides between train and test
+#   trace(problem, rng)           a completion for sft.py to imitate, its thought in lines
+#   describe(text, problem)       numbers that say what a completion did, for the log
+#   steps(problem), answer(...)   what coconut.py learns
+# The fields of a dataclass are knobs (`--task name:knob=value`): int, float, str, or 0 and 1 for
+# bool; NATURAL has other defaults for real models.
 
 INSTRUCTION = "Think inside <think> </think> tags, then give the final answer inside <answer> </answer> tags"
 
@@ -1474,38 +1486,85 @@ def strings(value: object) -> bool:
 TASKS = {"countdown": Countdown, "multiplication": Multiplication, "gsm8k": GSM8K, "math": Math}
 TASKS |= {"affine": AffineChain, "s3": S3, "prosqa": ProsQA, "chains": Chains}
 TASKS |= {"generalpoints": GeneralPoints, "knights": KnightsAndKnaves, "navigation": Navigation}
-Task = Countdown | Multiplication | GSM8K | AffineChain | S3 | ProsQA | GeneralPoints | KnightsAndKnaves | Navigation
 
 
-def make_task(spec: str, data: str = "", natural: bool = False) -> Task:
-    """The task of a spec such as `multiplication:max_digits=3`; natural: defaults for a real model. With the knob
-    pool=N, which every task has, training knows N problems of its stream only, over and over.
+def make_task(spec: str, data: str = "", natural: bool = False):
+    """The task of a spec: NAME[:knobs] of TASKS, or FILE.py:Class[:knobs] of any file.
+
+    natural: defaults for a real model. With the knob pool=N, which every task has, training knows
+    N problems of its stream only, over and over.
     """
-    name, _, pairs = spec.partition(":")
-    if name not in TASKS:
-        raise BadInput(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
-    types = {field.name: field.type for field in fields(TASKS[name])} | {"pool": int}
+    name, kind, pairs = task_class(spec)
+    with reading(name, ANYTHING):
+        hints = get_type_hints(kind) if is_dataclass(kind) else {}
+    types = {"pool": int}
+    for knob, hint in hints.items():
+        if hint in (bool, int, float, str):
+            types[knob] = int if hint is bool else hint  # bool("0") is True
     if data and "data" not in types:
         raise BadInput(f"task {name} makes its own problems and reads no data file; drop {data!r}")
-    knobs = (TASKS[name].NATURAL if natural else {}) | ({"data": data} if data else {})
+    knobs = dict(getattr(kind, "NATURAL", {})) if natural else {}
+    if data:
+        knobs["data"] = data
     for pair in filter(None, pairs.split(",")):
         knob, _, value = pair.partition("=")
         try:
             knobs[knob] = types[knob](value)
-            if isinstance(knobs[knob], float) and not math.isfinite(knobs[knob]):
+            if types[knob] is float and not math.isfinite(knobs[knob]):
                 raise ValueError(value)
         except (KeyError, ValueError):
-            known = ", ".join(f"{knob}={kind.__name__}" for knob, kind in types.items())
-            raise BadInput(f"task {name} does not understand {pair!r}; its knobs are {known}") from None
+            known = ", ".join(f"{knob}={hint.__name__}" for knob, hint in types.items())
+            message = f"task {name} does not understand {pair!r}; its knobs are {known}"
+            raise BadInput(message) from None
     pool = knobs.pop("pool", 0)
     if pool < 0:
-        raise BadInput(f"task {name} with pool={pool}: a number of problems is needed, or 0 for all of them")
-    task = TASKS[name](**knobs)
-    task.score = guarded(task.score)
-    if pool > 0:
-        draw = task.problem
-        task.problem = lambda split, seed, index: draw(split, seed, index % pool if split == "train" else index)
+        raise BadInput(f"task {name}: pool={pool} must be a number of problems, or 0 for all")
+    with reading(name, ANYTHING):
+        task = kind(**knobs)
+        task.score = guarded(task.score)
+        if not hasattr(task, "key"):
+            task.key = repr
+        if pool:
+            task.problem = pooled(task.problem, pool)
     return task
+
+
+def task_class(spec: str) -> tuple[str, type, str]:
+    """Name, class and knobs of a spec; a file is executed."""
+    path = re.match(r".+?\.py(?=:|$)", spec)
+    if path is None:
+        name, _, pairs = spec.partition(":")
+        if name not in TASKS:
+            known = ", ".join(TASKS)
+            raise BadInput(f"unknown task {name!r}; choose one of {known}, or give FILE.py:Class")
+        return name, TASKS[name], pairs
+    path, name = path[0], spec[path.end() + 1 :]
+    name, _, pairs = name.partition(":")
+    # the second place: more/tasks.py from any folder
+    files = [file for file in (Path(path), MODELS.parent / path) if file.is_file()]
+    if not files:
+        raise BadInput(f"task {spec}: there is no file {path}")
+    spec = spec_from_file_location(f"task_{files[0].stem}", files[0])
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    with reading(path, ANYTHING):
+        spec.loader.exec_module(module)
+    kind = getattr(module, name, None)
+    if not isinstance(kind, type):
+        raise BadInput(f"{path} has no class {name!r}; --task takes FILE.py:Class")
+    for method in ("problem", "score"):
+        if not callable(getattr(kind, method, None)):
+            raise BadInput(f"{path}: the class {name} has no {method}(); every task needs it")
+    return f"{path}:{name}", kind, pairs
+
+
+def pooled(draw: Callable, size: int) -> Callable:
+    """A task's `problem` with `size` different ones for training."""
+
+    def problem(split: str, seed: int, index: int) -> dict:
+        return draw(split, seed, index % size if split == "train" else index)
+
+    return problem
 
 
 score_failures = 0  # answers that a verifier could not judge: wrong
@@ -1538,7 +1597,7 @@ def guarded(judge: Callable[..., dict]) -> Callable[..., dict]:
     return judged
 
 
-def heldout(task: Task, count: int, seed: int = 0) -> list[dict]:
+def heldout(task, count: int, seed: int = 0) -> list[dict]:
     """The first `count` problems of the test stream with distinct keys."""
     found = {}
     for index in range(200 * count):
@@ -1554,14 +1613,16 @@ def heldout(task: Task, count: int, seed: int = 0) -> list[dict]:
 ASSISTANT_PREFIX = "Let me solve this step by step.\n<think>"
 
 
-def prompt(task: Task, problem: dict, style: str) -> str | list[dict]:
+def prompt(task, problem: dict, style: str) -> str | list[dict]:
     """The prompt of a problem: "compact" (tiny models), "text" (base models) or "chat" (a list of messages).
 
     The first two end in <think>; the caller of "chat" appends ASSISTANT_PREFIX to the templated text.
     """
+    method = "compact" if style == "compact" else "question"
+    if not hasattr(task, method):
+        other = "a pre-trained" if style == "compact" else "a tiny"
+        raise BadInput(f"{type(task).__name__} has no {method} prompt: give {other} --model")
     if style == "compact":
-        if not hasattr(task, "compact"):
-            raise BadInput(f"{type(task).__name__} has no compact prompt: give a pre-trained --model")
         return task.compact(problem)
     if style == "text":
         return f"{PREAMBLE}\nUser: {task.question(problem)}\nAssistant: {ASSISTANT_PREFIX}"

@@ -219,7 +219,7 @@ def test_default_folder_has_the_time(run, cwd, script):
     for _ in range(2):
         assert run(script, "--eval_problems 0 --steps 0").code == 0
         (folder,) = (cwd / "out").iterdir()
-        assert re.fullmatch(rf"{script}-countdown-0-\d{{6}}-\d{{6}}", folder.name)
+        assert re.fullmatch(rf"{script}-Countdown-0-\d{{6}}-\d{{6}}", folder.name)
         shutil.rmtree(cwd / "out")
 
 
