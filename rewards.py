@@ -123,38 +123,6 @@ def score_countdown(text: str, numbers: Sequence[int], target: int, **kw) -> dic
     return score(text, answer, value == target and Counter(numerals) == Counter(numbers), **kw)
 
 
-POINTS = {"correct": 5, "wrong_value": -1, "wrong_numbers": -2, "illegal": -3, "limit": -1}
-
-
-def points_verdict(formula: str, numbers: Sequence[int], target: int) -> str:
-    """What the verifier of GeneralPoints says of a formula: "illegal", else "wrong_numbers", else "wrong_value", else
-    "correct". Signs in front of a number are illegal, what follows an = is not read, values are exact. The first fault
-    counts (the paper's reading; its code adds the penalties up and rounds). POINTS has the rewards.
-    Source: arXiv:2501.17161 app. A.3.
-
-    >>> [points_verdict(formula, [1, 3, 10, 6], 24) for formula in ("3*10-6*1=24", "(1+6)*3+10", "3*10-6", "3*(10")]
-    ['correct', 'wrong_value', 'wrong_numbers', 'illegal']
-    """
-    try:
-        postfix = to_postfix(expression_tokens(formula.partition("=")[0]))
-    except ValueError:
-        return "illegal"
-    if {"neg", "pos"} & {*postfix}:
-        return "illegal"
-    if Counter(int(token) for token in postfix if token.isdigit()) != Counter(numbers):
-        return "wrong_numbers"
-    try:
-        return "correct" if evaluate(postfix, ARITHMETIC, Fraction) == target else "wrong_value"
-    except ZeroDivisionError:
-        return "wrong_value"
-
-
-def points_formula(text: str) -> str | None:
-    """The last "formula" of an answer in JSON, however broken the rest; None without one."""
-    found = re.findall(r'"formula"\s*:\s*"([^"]*)"', text[: MAX_ANSWER + 1])
-    return found[-1] if found else None
-
-
 def score_multiplication(text: str, a: int, b: int, **kw) -> dict:
     """Score of an integer answer to a * b; thousands commas are accepted, an unevaluated product is wrong."""
     answer = extract_answer(text)
@@ -523,26 +491,6 @@ def combinations(pool: list[Item], operators: str) -> Iterator[list[Item]]:
                 yield [*rest, (value, x + op + y, rank)]
 
 
-def solve_countdown(numbers: Sequence[int], target: int) -> str | None:
-    """An expression over all the numbers that equals the target, None if there is none (exhaustive, exact).
-
-    >>> solve_countdown([3, 3, 8, 8], 24), solve_countdown([1, 1, 1, 1], 24)
-    ('8/(3-8/3)', None)
-    """
-    visited = set()
-
-    def search(pool: list[Item]) -> str | None:
-        if len(pool) == 1:
-            return pool[0][1] if pool[0][0] == target else None
-        values = tuple(sorted(value for value, _, _ in pool))  # of all texts for these values, one is enough
-        if values in visited:
-            return None
-        visited.add(values)
-        return next(filter(None, (search(rest) for rest in combinations(pool, "+-*/"))), None)
-
-    return search([(Fraction(n), str(n), 3) for n in numbers])
-
-
 def operations(expression: str) -> Iterator[tuple[str, str]]:
     """The operations of an expression over whole numbers, in reading order, each with what is left after it.
 
@@ -597,11 +545,8 @@ class Countdown:
     max_target: int = 99
     operators: str = "+-*/"
     give_up: float = 0.33  # share of the traces that stop early with a wrong answer
-    worded: float = 0.0  # share of the tries that traces write in a second notation, 7x3e21 for 7*3=21
-    consistency: float = 0.0  # weight of the reward for the share of the tries in the first notation (as R1's language)
 
     NATURAL = {"max_numbers": 4, "high": 99, "min_target": 10}
-    SIGNS = str.maketrans("+-*/=", "pmxde")  # the second notation
 
     def __post_init__(self):
         if not 2 <= self.min_numbers <= self.max_numbers <= 6:
@@ -639,13 +584,8 @@ class Countdown:
             "</answer> tags, for example <answer>(1 + 2) * 3</answer>."
         )
 
-    def score(self, text: str, problem: dict, **kwargs) -> dict:
-        parts = score_countdown(text, problem["numbers"], problem["target"], **kwargs)
-        if self.worded or self.consistency:  # of the thinking; added, as R1 does (arXiv:2501.12948 sec. 2.3.2)
-            seen = self.describe(text, problem)
-            parts["total"] += self.consistency * seen["first_notation"]
-            parts["mixed"] = seen["mixed"]
-        return parts
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_countdown(text, problem["numbers"], problem["target"], **kw)
 
     def trace(self, problem: dict, rng: random.Random) -> str:
         """A depth-first search in words: one try a line, then the answer, which repeats the last try.
@@ -667,8 +607,6 @@ class Countdown:
             tries = attempts[max(0, hit - wrong) : hit + 1]
         lines = [f"{text}{'>=<'[(v <= target) + (v < target)]}{target}\n" for v, _, text in tries]
         lines[1:] = [("wait" if rng.random() < 0.25 else "") + line for line in lines[1:]]
-        if self.worded:
-            lines = [line.translate(self.SIGNS) if rng.random() < self.worded else line for line in lines]
         return "".join(lines) + f"</think><answer>{tries[-1][2].partition('=')[0]}</answer>"
 
     def grade_step(self, problem: dict, before: str, step: str) -> int:
@@ -688,22 +626,15 @@ class Countdown:
         return right * (5 if line.removesuffix("\n") in known else 9)
 
     def describe(self, text: str, problem: dict) -> dict:
-        """What the completion did: tries, different ones, whether it stopped on a marked miss; of two notations the
-        share of the first among the tries, and whether both occur.
-        """
+        """What the completion did: tries, different ones, whether it stopped on a marked miss."""
         thought, closed, _ = text.partition("</think>")
-        lines = [line.removeprefix("wait") for line in thought.split("\n")]
-        worded = [bool(re.search("[pmxde]", line)) for line in lines if re.search("[=e]", line)]
-        back = str.maketrans("pmxde", "+-*/=") if self.worded or self.consistency else {}
-        lines = [line for line in (line.translate(back) for line in lines) if "=" in line]
-        distinct = {line.partition("=")[0] for line in lines}
+        lines = [line.removeprefix("wait") for line in thought.split("\n") if "=" in line]
         hit = f"={problem['target']}={problem['target']}"
-        gave_up = bool(closed and lines) and not lines[-1].endswith(hit)
-        seen = {"tries": len(lines), "distinct_tries": len(distinct), "gave_up": gave_up}
-        if back:
-            seen["first_notation"] = 1 - sum(worded) / max(1, len(worded))
-            seen["mixed"] = len({*worded}) == 2
-        return seen
+        return {
+            "tries": len(lines),
+            "distinct_tries": len({line.partition("=")[0] for line in lines}),
+            "gave_up": bool(closed and lines) and not lines[-1].endswith(hit),
+        }
 
 
 @dataclass
@@ -737,389 +668,6 @@ class Multiplication:
 
     def score(self, text: str, problem: dict, **kw) -> dict:
         return score_multiplication(text, problem["a"], problem["b"], **kw)
-
-
-RANKS = {rank: value for value, rank in enumerate("A 2 3 4 5 6 7 8 9 10 J Q K".split(), 1)}
-
-
-@dataclass
-class GeneralPoints:
-    """Reach the target with the values of a hand of cards, each used once (arXiv:2501.17161 sec. 4.1, app. A.1).
-
-    J, Q and K count 10 under rule 10, and 11, 12, 13 under rule 13. The paper trains on rule 10 and tests on rule 13
-    with a face card on every hand (faces=1). The split goes by values and target, so it is the same under both rules.
-    """
-
-    cards: int = 3
-    target: int = 0  # 0: another one for each hand, 1 to 99
-    rule: int = 10
-    faces: int = 0  # face cards on every hand, at least
-    turns: int = 1  # so many attempts less one, at most, stand in the prompt, with what the verifier said
-    basics: float = 0.0  # share of easier training problems: to read a hand under either rule, plain numbers to 13
-
-    NATURAL = {"cards": 4, "target": 24}
-    CHECKS = 5  # attempts that the verifier looks at; a sixth costs 1 point unseen
-    REASONS = {
-        "illegal": "the formula is not legal",
-        "wrong_numbers": "the numbers are not those of the cards",
-        "wrong_value": "the value is not the target",
-    }
-
-    def __post_init__(self):
-        if not (2 <= self.cards <= 4 and 0 <= self.faces <= self.cards and 0 <= self.target <= 99):
-            raise BadInput(f"{self}: 2 to 4 cards, at most so many faces, and a target up to 99 are allowed")
-        if self.rule not in (10, 13) or not 1 <= self.turns <= self.CHECKS or not 0 <= self.basics <= 1:
-            raise BadInput(f"{self}: rule 10 or 13, turns 1 to {self.CHECKS} and basics 0 to 1 are allowed")
-
-    def problem(self, split: str, seed: int, index: int) -> dict:
-        rng = random.Random(f"generalpoints {split} {seed} {index}")
-        easy = split == "train" and rng.random() < self.basics
-        kind = rng.choice(["read", "plain"]) if easy else "solve"
-        rule = {"read": rng.choice([10, 13]), "plain": 13, "solve": self.rule}[kind]
-        for _ in range(10_000):
-            cards = [rng.choice("JQK") if i < self.faces else rng.choice(list(RANKS)) for i in range(self.cards)]
-            rng.shuffle(cards)
-            numbers = [RANKS[card] if rule == 13 else min(10, RANKS[card]) for card in cards]
-            problem = {"kind": kind, "rule": rule, "cards": cards, "numbers": numbers, "target": 0, "failed": []}
-            if kind != "read":
-                value = self.target or random_tree([Fraction(n) for n in numbers], "+-*/", rng)
-                if value is None or value not in range(1, 100):
-                    continue
-                problem["target"] = int(value)
-            if split_of(self.key(problem)) != split:
-                continue
-            if self.target and kind != "read" and not solve_countdown(numbers, self.target):
-                continue  # a value of a random tree needs no proof
-            for _ in range(rng.randrange(self.turns) if kind == "solve" else 0):
-                problem = self.revise(problem, f"<answer>{self.failure(problem, rng)}</answer>")
-            return problem
-        raise BadInput(f"no solvable hand found for {self}; take more cards or target=0")
-
-    def failure(self, problem: dict, rng: random.Random) -> str:
-        """A wrong attempt: over the hand's numbers, or with one of them misread."""
-        numbers = problem["numbers"][:]
-        numbers[0] = rng.choice([numbers[0], rng.randint(1, 13)])
-        chains = [chain for _, _, chain in countdown_attempts(tuple(sorted(numbers)), "+-*/", 99)]
-        formulas = [chain.partition("=")[0] for chain in rng.sample(chains, len(chains))]
-        wrong = (f for f in formulas if points_verdict(f, problem["numbers"], problem["target"]) != "correct")
-        return next(wrong, "1")
-
-    def key(self, problem: dict) -> str:
-        return f"{sorted(problem['numbers'])}={problem['target']}"  # as Countdown's
-
-    def compact(self, problem: dict) -> str:
-        if problem["kind"] == "plain":
-            return f"{','.join(map(str, problem['numbers']))}={problem['target']}<think>"
-        hand = f"R{problem['rule']}|{','.join(problem['cards'])}"
-        marks = {"illegal": "#s", "wrong_numbers": "#n", "wrong_value": "#v"}  # syntax, numbers, value
-        failed = "".join(f" {formula}{marks[verdict]}" for formula, verdict in problem["failed"])
-        return hand + ("?" if problem["kind"] == "read" else f"={problem['target']}{failed}") + "<think>"
-
-    def question(self, problem: dict) -> str:
-        faces = "J, Q and K each count as 10" if problem["rule"] == 10 else "J counts as 11, Q as 12 and K as 13"
-        given = f"Cards: [{', '.join(problem['cards'])}]. A counts as 1, {faces}."
-        if problem["kind"] == "plain":
-            given = f"Numbers: {problem['numbers']}."
-        if problem["kind"] == "read":
-            return f"{given} Which numbers are these? {INSTRUCTION}, for example <answer>1,5,10</answer>."
-        asked = f"{given} Using each number exactly once, with + - * / and parentheses, make {problem['target']}."
-        failed = "".join(f" You tried {f}, which failed: {self.REASONS[verdict]}." for f, verdict in problem["failed"])
-        example = '{"cards": ["A", "5", "K"], "number": [1, 5, 10], "formula": "(10-5)*1"}'
-        return f"{asked}{failed} {INSTRUCTION}, for example <answer>{example}</answer>."
-
-    def judge(self, text: str, problem: dict) -> tuple[str, str]:
-        """The formula of a completion, and the verdict on it; "limit" once CHECKS attempts have failed."""
-        answer = extract_answer(text) or ""
-        formula = points_formula(answer) or answer
-        seen = len(problem["failed"]) < self.CHECKS
-        return formula, points_verdict(formula, problem["numbers"], problem["target"]) if seen else "limit"
-
-    def score(self, text: str, problem: dict, **kw) -> dict:
-        answer = extract_answer(text)
-        if problem["kind"] == "read":
-            return score(text, answer, answer == ",".join(map(str, problem["numbers"])), **kw)
-        _, verdict = self.judge(text, problem)
-        return score(text, answer, verdict == "correct", **kw) | {"verdict": verdict, "points": POINTS[verdict]}
-
-    def revise(self, problem: dict, text: str) -> dict:
-        """The problem of the next turn: this one, a failed attempt, and what was wrong with it (app. A.2)."""
-        formula, verdict = self.judge(text, problem)
-        return problem | {"failed": [*problem["failed"], [re.sub("[^-0-9+*/()=AJQK ]", "", formula)[:40], verdict]]}
-
-    def trace(self, problem: dict, rng: random.Random) -> str:
-        """The values of the cards, then Countdown's search, which ends on a miss where only fractions or numbers above
-        99 lead to the target.
-        """
-        values = ",".join(map(str, problem["numbers"]))
-        if problem["kind"] == "read":
-            return f"{values}\n</think><answer>{values}</answer>"
-        return (f"{values}\n" if problem["kind"] == "solve" else "") + Countdown(give_up=0.0).trace(problem, rng)
-
-    def describe(self, text: str, problem: dict) -> dict:
-        return Countdown().describe(text, problem)
-
-
-PEOPLE = "Ada Ben Cleo Dan Eve Fay Gus Hal".split()  # written A to H
-
-
-def truth(statement: list, roles: Sequence[float]) -> float:
-    """1 if the statement is true, 0 if false, 0.5 if what is known of the roles (1 knight, 0 knave) does not decide it.
-
-    A statement is [knight, i], [knave, i], [not, s], or [and | or | implies | iff, s, t]. (Kleene's strong logic.)
-
-    >>> truth(["or", ["knight", 0], ["knave", 1]], [1]), truth(["iff", ["knight", 0], ["knave", 1]], [1])
-    (1, 0.5)
-    """
-    kind, *parts = statement
-    if kind in ("knight", "knave"):
-        role = roles[parts[0]] if parts[0] < len(roles) else 0.5
-        return role if kind == "knight" else 1 - role
-    a, b = (truth(part, roles) for part in (parts[0], parts[-1]))
-    if kind == "not":
-        return 1 - a
-    if kind in ("and", "or"):
-        return min(a, b) if kind == "and" else max(a, b)
-    return max(1 - a, b) if kind == "implies" else min(max(1 - a, b), max(1 - b, a))
-
-
-def solve_knights(statements: list[list]) -> list[tuple[int, ...]]:
-    """All roles with which everybody is a knight if and only if his statement is true; knights come first."""
-    worlds = itertools.product((1, 0), repeat=len(statements))
-    return [w for w in worlds if all(truth(s, w) == role for s, role in zip(statements, w, strict=True))]
-
-
-@dataclass
-class KnightsAndKnaves:
-    """Who is a knight and only says what is true, who a knave and only says what is false? Puzzles with exactly one
-    solution; statements as in the data of arXiv:2505.13718, a claim, not, and, or, implies, iff over claims alike.
-    """
-
-    min_people: int = 2
-    max_people: int = 3
-
-    NATURAL = {"min_people": 3, "max_people": 7}
-    SIGNS = {"and": "&", "or": "|", "implies": ">", "iff": "="}
-    WORDS = {"and": "{} and {}", "or": "{} or {}", "implies": "if {} then {}", "iff": "{} if and only if {}"}
-
-    def __post_init__(self):
-        if not 2 <= self.min_people <= self.max_people <= len(PEOPLE):
-            raise BadInput(f"knights takes 2 to {len(PEOPLE)} people, not {self.min_people} to {self.max_people}")
-
-    def problem(self, split: str, seed: int, index: int) -> dict:
-        rng = random.Random(f"knights {split} {seed} {index}")
-        while True:  # half of the puzzles have exactly one solution
-            count = rng.randint(self.min_people, self.max_people)
-            problem = {"statements": [self.statement(count, rng) for _ in range(count)]}
-            if split_of(self.key(problem)) == split and len(solve_knights(problem["statements"])) == 1:
-                return problem
-
-    def statement(self, count: int, rng: random.Random) -> list:
-        claims = [[rng.choice(["knight", "knave"]), rng.randrange(count)] for _ in range(2)]
-        kind = rng.choice(["claim", "not", *self.SIGNS])
-        return claims[0] if kind == "claim" else [kind, *claims[: 1 if kind == "not" else 2]]
-
-    def key(self, problem: dict) -> str:
-        return self.compact(problem)
-
-    def compact(self, problem: dict) -> str:
-        """
-        >>> KnightsAndKnaves().compact({"statements": [["and", ["knight", 1], ["knave", 0]], ["not", ["knight", 0]]]})
-        'A:(B+&A-);B:~A+?<think>'
-        """
-        said = (f"{name[0]}:{self.signs(s)}" for name, s in zip(PEOPLE, problem["statements"], strict=False))
-        return ";".join(said) + "?<think>"
-
-    def signs(self, statement: list) -> str:
-        kind, *parts = statement
-        if kind in ("knight", "knave"):
-            return PEOPLE[parts[0]][0] + ("+" if kind == "knight" else "-")
-        inner = [self.signs(part) for part in parts]
-        return f"~{inner[0]}" if kind == "not" else f"({self.SIGNS[kind].join(inner)})"
-
-    def words(self, statement: list) -> str:
-        kind, *parts = statement
-        if kind in ("knight", "knave"):
-            return f"{PEOPLE[parts[0]]} is a {kind}"
-        inner = [self.words(part) for part in parts]
-        return f"it is not true that {inner[0]}" if kind == "not" else self.WORDS[kind].format(*inner)
-
-    def puzzle(self, problem: dict) -> str:
-        names = PEOPLE[: len(problem["statements"])]
-        said = [f'{name} says: "{self.words(s)}."' for name, s in zip(names, problem["statements"], strict=True)]
-        return (
-            f"There are {len(names)} people: {', '.join(names)}. Each is either a knight, who only says true things, "
-            f"or a knave, who only says false things. {' '.join(said)} Who is what?"
-        )
-
-    def question(self, problem: dict) -> str:
-        return f"{self.puzzle(problem)} {INSTRUCTION}, for example <answer>Ada: knight; Ben: knave</answer>."
-
-    def score(self, text: str, problem: dict, **kw) -> dict:
-        """Both forms of an answer count, Ada: knight; Ben: knave and A+B-; everybody must be named once."""
-        answer, [roles] = extract_answer(text), solve_knights(problem["statements"])
-        said = (answer or "")[: MAX_ANSWER + 1].replace("knight", "+").replace("knave", "-")
-        for name in PEOPLE:
-            said = said.replace(name, name[0])
-        said = re.sub(r"[\s,;.:]|\bis an?\b|\band\b", "", said)
-        pairs = re.findall("[A-H][-+]", said)
-        right = [name[0] + "-+"[role] for name, role in zip(PEOPLE, roles, strict=False)]
-        return score(text, answer, sorted(pairs) == right and "".join(pairs) == said, **kw)
-
-    def search(self, statements: list[list]) -> tuple[str, list[int]]:
-        """Assume one role after the other, knight first: A+ knight, A- knave, !B: B's statement contradicts B's role,
-        so the last role that can changes. A line ends where an assumption fails. The roles in the end, or none.
-        """
-        text, roles = "", []
-        while len(roles) < len(statements):
-            roles.append(1)
-            text += f"{PEOPLE[len(roles) - 1][0]}+"
-            while wrong := [i for i, role in enumerate(roles) if truth(statements[i], roles) == 1 - role]:
-                text += f"!{PEOPLE[wrong[0]][0]}\n"
-                while roles and not roles[-1]:
-                    roles.pop()
-                if not roles:
-                    return text, []
-                roles[-1] = 0
-                text += f"{PEOPLE[len(roles) - 1][0]}-"
-        return text, roles
-
-    def trace(self, problem: dict, rng: random.Random) -> str:
-        thought, roles = self.search(problem["statements"])
-        answer = "".join(name[0] + "-+"[role] for name, role in zip(PEOPLE, roles, strict=False))
-        return f"{thought}\n</think><answer>{answer}</answer>"
-
-
-COMPASS = "north northeast east southeast south southwest west northwest".split()
-BEARINGS = "ahead,ahead right,right,behind right,behind,behind left,left,ahead left".split(",")  # of a landmark
-LANDMARKS = (  # written A to T
-    "Alder Inn,Birch Hall,Cedar Bank,Dune Cafe,Elm School,Fern Bakery,Grove Museum,Hill Tower,Iris Hotel,Jade Market,"
-    "Kite Shop,Lake House,Moss Library,New Gate,Oak Theatre,Pine Court,Quay Station,Rose Garden,Stone Bridge,Tulip Bar"
-).split(",")
-ACTIONS = {"forward()": "f", "stop()": "!"}  # in full, and in a few characters
-ACTIONS |= {f"turn_direction({word})": word[0] + word[5:6] for word in COMPASS}
-TURNS = {"left": "<<", "slightly left": "<", "slightly right": ">", "right": ">>"}
-ACTIONS |= {f"turn_direction({word})": sign for word, sign in TURNS.items()}
-
-
-def turn_word(previous: int, heading: int, space: str) -> str:
-    """What turns a walker from one heading to another (degrees clockwise from north): "absolute", the compass word of
-    the new heading's 45-degree sector; "relative", left or right by the sign of the turn in (-180, 180], slightly up to
-    45 degrees. Source: arXiv:2501.17161 app. B, whose code forgets to wrap the turn (350 to 10 is left there).
-
-    >>> turn_word(350, 10, "absolute"), turn_word(350, 10, "relative"), turn_word(0, 180, "relative")
-    ('north', 'slightly right', 'right')
-    """
-    if space == "absolute":
-        return COMPASS[round(heading / 45) % 8]
-    turn = 180 - (previous - heading + 180) % 360
-    return ("slightly " if abs(turn) <= 45 else "") + ("right" if turn > 0 else "left")
-
-
-@dataclass
-class Navigation:
-    """Follow a route through a town in words (arXiv:2501.17161 app. B, text only): turn, walk on to the intersection
-    with the landmark, and so on. An instruction names each turn both ways; the space of actions decides which counts.
-    The paper trains on absolute actions and tests on relative ones. All is seen at once; the split ignores the space.
-    """
-
-    min_legs: int = 1
-    max_legs: int = 3
-    max_steps: int = 3  # forward moves of a leg
-    grain: int = 45  # headings are multiples of so many degrees
-    space: str = "absolute"
-    basics: float = 0.0  # share of easier training problems: one turn and stop, in either space
-
-    NATURAL = {"min_legs": 2, "max_legs": 6}
-
-    def __post_init__(self):
-        good = 1 <= self.min_legs <= self.max_legs <= 20 and 1 <= self.max_steps <= 100 and 1 <= self.grain <= 180
-        if not good:
-            raise BadInput(f"{self}: 1 <= min_legs <= max_legs <= 20, max_steps 1 to 100, grain 1 to 180 are allowed")
-        if self.space not in ("absolute", "relative") or not 0 <= self.basics <= 1:
-            raise BadInput(f"{self}: space is absolute or relative, basics 0 to 1")
-
-    def problem(self, split: str, seed: int, index: int) -> dict:
-        """Each leg is heading, forward moves, landmark and its bearing at the end."""
-        rng = random.Random(f"navigation {split} {seed} {index}")
-        easy = split == "train" and rng.random() < self.basics
-        headings, steps = range(0, 360, self.grain), 0 if easy else self.max_steps
-        while True:
-            places = rng.sample(range(20), 1 if easy else rng.randint(self.min_legs, self.max_legs))
-            legs = [[rng.choice(headings), rng.randint(min(1, steps), steps), p, rng.randrange(8)] for p in places]
-            problem = {"start": rng.choice(headings), "legs": legs}
-            problem["space"] = rng.choice(["absolute", "relative"]) if easy else self.space
-            if easy or split_of(self.key(problem)) == split:
-                return problem
-
-    def key(self, problem: dict) -> str:
-        return self.compact(problem)[1:]
-
-    def turns(self, problem: dict, space: str) -> list[str]:
-        """The turn at the beginning of each leg, in words."""
-        headings = [problem["start"], *(leg[0] for leg in problem["legs"])]
-        return [turn_word(*pair, space) for pair in itertools.pairwise(headings)]
-
-    def seen(self, problem: dict) -> list[list[tuple | None]]:
-        """Of each leg, what is seen after each forward move: nothing, but (landmark, bearing) at its end."""
-        return [[None] * (steps - 1) + [(p, bearing)] * min(1, steps) for _, steps, p, bearing in problem["legs"]]
-
-    def actions(self, problem: dict) -> list[str]:
-        """The expert's actions, in full."""
-        turns = (f"turn_direction({word})" for word in self.turns(problem, problem["space"]))
-        walks = [[turn, *["forward()"] * leg[1]] for turn, leg in zip(turns, problem["legs"], strict=True)]
-        return [action for walk in walks for action in walk] + ["stop()"]
-
-    def compact(self, problem: dict) -> str:
-        """The space, the instructions, and what is seen on the way.
-
-        >>> Navigation().compact({"start": 0, "legs": [[90, 2, 1, 6], [0, 1, 5, 2]], "space": "relative"})
-        'R>>e B6;<<n F2|.B6F2<think>'
-        """
-        words = zip(self.turns(problem, "relative"), self.turns(problem, "absolute"), strict=True)
-        turns = [ACTIONS[f"turn_direction({rel})"] + ACTIONS[f"turn_direction({to})"] for rel, to in words]
-        marks = ["".join(f"{chr(65 + s[0])}{s[1]}" if s else "." for s in leg) for leg in self.seen(problem)]
-        told = [f"{turn} {mark.lstrip('.')}".rstrip() for turn, mark in zip(turns, marks, strict=True)]
-        return f"{problem['space'][0].upper()}{';'.join(told)}|{''.join(marks)}<think>"
-
-    def question(self, problem: dict) -> str:
-        lines, views = [], []
-        words = zip(self.turns(problem, "relative"), self.turns(problem, "absolute"), self.seen(problem), strict=True)
-        for i, (turn, to, seen) in enumerate(words, 1):
-            lines.append(f"{'First' if i == 1 else 'Then'}, turn {turn} to face {to}.")
-            marks = [f"{LANDMARKS[s[0]]} is {BEARINGS[s[1]]}" if s else "" for s in seen]
-            views += [f"{mark}; an intersection." if mark else "No landmarks nearby." for mark in marks]
-            if marks:
-                where = "the destination" if i == len(problem["legs"]) else "the next intersection"
-                lines.append(f"Move forward until you reach {where}, where {marks[-1]}.")
-        space = ", ".join(TURNS if problem["space"] == "relative" else COMPASS)
-        return (
-            f"Follow the instructions: {' '.join(lines)} After each move forward you see, in this order: "
-            f"{' '.join(views) or 'nothing.'} Your actions are forward(), stop() and turn_direction(x), where x is one "
-            f"of {space}. {INSTRUCTION}, all actions in order: <answer>turn_direction(x), forward(), stop()</answer>."
-        )
-
-    def said(self, text: str) -> list[str]:
-        """The actions of a completion's answer, in full; both forms count."""
-        words = re.findall(r"[a-z_]+\([a-z ]*\)|[^\s,;]+", (extract_answer(text) or "")[:10_000])
-        full = {short: action for action, short in ACTIONS.items()}
-        return [full.get(word, word) for word in words]
-
-    def score(self, text: str, problem: dict, **kw) -> dict:
-        return score(text, extract_answer(text), self.said(text) == self.actions(problem), **kw)
-
-    def describe(self, text: str, problem: dict) -> dict:
-        """The share of the expert's actions that stand at their place (the paper's per-step accuracy)."""
-        right = self.actions(problem)
-        return {"right_actions": sum(map(operator.eq, self.said(text), right)) / len(right)}
-
-    def trace(self, problem: dict, rng: random.Random) -> str:
-        """A line per leg, its actions and what is seen after each; then the actions."""
-        actions = [ACTIONS[action] for action in self.actions(problem)]
-        rest, lines = iter(actions), []
-        for leg in self.seen(problem):
-            views = (f"{chr(65 + s[0])}{s[1]}" if s else "." for s in leg)
-            lines.append(" ".join([next(rest), *(next(rest) + view for view in views)]) + "\n")
-        return f"{''.join(lines)}</think><answer>{' '.join(actions)}</answer>"
 
 
 @dataclass
@@ -1161,8 +709,9 @@ class Math(GSM8K):
     FIELD, EXAMPLE, SCORER = "problem", "\\frac{1}{2}", staticmethod(score_math)
 
 
-# Chains: a problem with steps(problem), a list of texts, and answer(problem). MARKER stands before the answer; without
-# one the answer looks like the result of a step. Neither tags nor <think>: the steps are the thinking.
+# Chains: a problem with steps(problem), a list of texts, and answer(problem), before which MARKER
+# stands; without one the answer looks like the result of a step. Neither tags nor <think>: the
+# steps are the thinking.
 
 
 @dataclass
@@ -1277,215 +826,8 @@ class S3:
         return score_last_line(text, self.answer(problem), **kw)
 
 
-@dataclass
-class ProsQA:
-    """Is a node of a random graph of concepts below one concept or below another? (arXiv:2412.06769 app. A.2)
-
-    The published constants do not give the released data; these do. `nodes` are drawn, those without an edge go.
-    """
-
-    nodes: int = 28
-
-    NATURAL = {}
-    MARKER = "### "
-    ENTITIES = "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren".split()
-    CONCEPTS = [
-        syllable + "pus"
-        for syllable in (
-            "bom boom brim chor dum fel fom ger gor grim gwom hil im jel jom ker lem lor num quim rem rom ror scrom "
-            "shum ster stor ter tim tum vum wor wum yer yim yum zhor zum"
-        ).split()
-    ]
-
-    def __post_init__(self):
-        if not 10 <= self.nodes <= 36:
-            raise BadInput(f"prosqa:nodes={self.nodes}: 10 to 36 nodes are allowed, as many as there are names for")
-
-    def problem(self, split: str, seed: int, index: int) -> dict:
-        rng = random.Random(f"prosqa {split} {seed} {index}")
-        while True:  # nine graphs in ten will do, and one in ten is a test problem
-            problem = self.dress(self.graph(rng), rng)
-            if problem and split_of(self.key(problem)) == split:
-                return problem
-
-    def graph(self, rng: random.Random) -> dict:
-        """Labels, parents and depths of a random graph: nodes 0 and 1 are the roots of two families (labels 1 and 2),
-        which label 3 has in common and label 0 is outside of. Nearly all parents of a node come from one family.
-        """
-        labels, depths, parents = [1, 2], [0, 0], [[], []]
-        for _ in range(2, self.nodes):
-            u = rng.random()
-            family = 1 if u <= 0.35 else 2 if u <= 0.8 else 0
-            pool = [i for i, label in enumerate(labels) if not family or label == family]
-            chosen = []
-            for _ in range(min(poisson(1.5, rng), len(pool))):  # without replacement, the deeper the likelier
-                chosen += rng.choices(pool, [1.5 * depths[i] + 1 for i in pool])
-                pool.remove(chosen[-1])
-            parents.append(sorted(chosen))
-            labels.append(functools.reduce(operator.or_, (labels[i] for i in chosen), 0))
-            depths.append(1 + min(depths[i] for i in chosen) if chosen else 0)
-        return {"labels": labels, "parents": parents}
-
-    def dress(self, graph: dict, rng: random.Random) -> dict | None:
-        """A question about a graph: its root, a deepest leaf of that family, a leaf of the other one, and names."""
-        labels, children = graph["labels"], [[] for _ in graph["labels"]]
-        for child, parents in enumerate(graph["parents"]):
-            for parent in parents:
-                children[parent].append(child)
-        distance = {**distances(children, 0), **{i: d for i, d in distances(children, 1).items() if labels[i] == 2}}
-        leaves = [i for i, label in enumerate(labels) if i > 1 and label in (1, 2) and not children[i]]
-        deepest = max((distance[i] for i in leaves), default=0)
-        if deepest < 3 or len({labels[i] for i in leaves}) < 2:
-            return None
-        target = rng.choice([i for i in leaves if distance[i] == deepest])
-        other = rng.choice([i for i in leaves if labels[i] != labels[target]])
-        kept = [i for i, below in enumerate(children) if below or graph["parents"][i]]
-        names = rng.sample(self.ENTITIES, len(self.ENTITIES)), rng.sample(self.CONCEPTS, len(self.CONCEPTS))
-        symbols = {i: names[bool(graph["parents"][i])].pop() for i in kept}
-        edges = [(symbols[p], symbols[i]) for i in kept for p in graph["parents"][i]]
-        roots, ends = [symbols[0], symbols[1]], [symbols[target], symbols[other]]
-        return {
-            "edges": [list(edge) for edge in edges], "order": rng.sample(range(len(edges)), len(edges)),
-            "roots": roots, "root": roots[labels[target] - 1], "target": ends[0], "other": ends[1],
-            "path": rng.random(), "swap": rng.random() < 0.5,
-        }  # fmt: skip
-
-    def sentence(self, parent: str, child: str) -> str:
-        return f"{parent} is a {child}." if parent in self.ENTITIES else f"Every {parent} is a {child}."
-
-    def key(self, problem: dict) -> str:
-        edges = sorted("-".join(edge) for edge in problem["edges"])
-        return f"{problem['root']} {sorted((problem['target'], problem['other']))} {edges}"
-
-    def question(self, problem: dict) -> str:
-        facts = " ".join(self.sentence(*problem["edges"][i]) for i in problem["order"])
-        ends = [problem["target"], problem["other"]][:: -1 if problem["swap"] else 1]
-        return f"{facts} Is {problem['root']} a {ends[0]} or {ends[1]}?"
-
-    def steps(self, problem: dict) -> list[str]:
-        """One of the shortest paths from the root to the target, an edge a step."""
-        paths = [[problem["root"]]]
-        while not any(path[-1] == problem["target"] for path in paths):
-            paths = [[*path, child] for path in paths for parent, child in problem["edges"] if parent == path[-1]]
-        paths = [path for path in paths if path[-1] == problem["target"]]
-        path = paths[int(problem["path"] * len(paths))]
-        return [self.sentence(*edge) for edge in itertools.pairwise(path)]
-
-    def answer(self, problem: dict) -> str:
-        return f"{problem['root']} is a {problem['target']}."
-
-    def score(self, text: str, problem: dict, **kw) -> dict:
-        return score_last_line(text, self.answer(problem), **kw)
-
-
-def poisson(mean: float, rng: random.Random) -> int:
-    """A Poisson number, by counting how many uniform factors keep the product above e^-mean (Knuth)."""
-    count, product = 0, rng.random()
-    while product > math.exp(-mean):
-        count, product = count + 1, product * rng.random()
-    return count
-
-
-def distances(children: list[list[int]], root: int) -> dict[int, int]:
-    """Steps from the root to each node that can be reached."""
-    found, frontier = {root: 0}, [root]
-    for node in frontier:  # it grows while it is read: breadth first
-        for child in children[node]:
-            if child not in found:
-                found[child] = found[node] + 1
-                frontier.append(child)
-    return found
-
-
-@dataclass
-class Chains(GSM8K):
-    """Problems with steps from a file, `test` from another one; without it a tenth of the file is held out.
-
-    Read are ProsQA's JSON (a list of {"question", "steps", "answer"}) and the same as JSONL, ProntoQA's JSON, and the
-    lines of GSM8K-Aug, question||step step ...#### answer.
-    """
-
-    test: str = ""
-
-    MARKER = "### "
-
-    def __post_init__(self):
-        self.streams = {"train": read_chains(self.data), "test": read_chains(self.test) if self.test else []}
-        if not self.test:
-            everything, self.streams = self.streams["train"], {"train": [], "test": []}
-            for problem in everything:
-                self.streams[split_of(self.key(problem))].append(problem)
-
-    def question(self, problem: dict) -> str:
-        return problem["question"]
-
-    def steps(self, problem: dict) -> list[str]:
-        return problem["steps"]
-
-    def answer(self, problem: dict) -> str:
-        return problem["answer"]
-
-    def score(self, text: str, problem: dict, **kw) -> dict:
-        return score_last_line(text, problem["answer"], **kw)
-
-
-def read_chains(path: str) -> list[dict]:
-    """{"question", "steps", "answer"} of each problem in a file; BadInput names the file and the item or line."""
-    if not path:
-        raise BadInput("chains reads a file: give --data FILE, or chains:data=FILE")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the data file {path}: {error}") from None
-    try:
-        whole = json.loads(text)  # one JSON value
-        named = whole.items() if isinstance(whole, dict) and "question" not in whole else None
-        items = [*named] if named is not None else enumerate(whole if isinstance(whole, list) else [whole], 1)
-        items = [(f"item {name}", item) for name, item in items]
-    except (ValueError, RecursionError):
-        items = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    chains = []
-    for where, item in items:
-        try:
-            chains.append(read_chain(item))
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{path}, {where}: {error}: {str(item)[:40]!r}") from None
-    if not chains:
-        raise BadInput(f"{path} is empty; it must hold problems with question, steps and answer")
-    return chains
-
-
-def read_chain(item: str | dict) -> dict:
-    """One problem of `read_chains`.
-
-    >>> read_chain("2 and 3?||<<2+3=5>> <<5*2=10>> #### 10")
-    {'question': '2 and 3?', 'steps': ['<<2+3=5>>', '<<5*2=10>>'], 'answer': '10'}
-    """
-    if isinstance(item, str) and not item.lstrip().startswith("{"):
-        question, _, rest = item.partition("||")
-        steps, _, answer = rest.partition("##")
-        item = {"question": question.strip(), "steps": steps.split(), "answer": answer.lstrip("#").strip()}
-    item = json.loads(item) if isinstance(item, str) else item
-    if isinstance(item, dict) and isinstance(item.get("test_example"), dict):  # ProntoQA: two sentences are a step
-        asked = item["test_example"]
-        thought, question = asked.get("chain_of_thought"), [asked.get("question"), asked.get("query")]
-        steps = [" ".join(thought[i : i + 2]) for i in range(0, len(thought), 2)] if strings(thought) else None
-        item = asked | {"question": " ".join(question) if strings(question) else None, "steps": steps}
-    if not isinstance(item, dict) or not strings(item.get("steps")):
-        raise BadInput('"steps" must be a list of texts')
-    for name in ("question", "answer"):
-        if not isinstance(item.get(name), (str, int, float)) or not str(item[name]).strip():
-            raise BadInput(f'field "{name}" is missing or empty')
-    return {"question": str(item["question"]), "steps": item["steps"], "answer": str(item["answer"])}
-
-
-def strings(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(part, str) for part in value)
-
-
 TASKS = {"countdown": Countdown, "multiplication": Multiplication, "gsm8k": GSM8K, "math": Math}
-TASKS |= {"affine": AffineChain, "s3": S3, "prosqa": ProsQA, "chains": Chains}
-TASKS |= {"generalpoints": GeneralPoints, "knights": KnightsAndKnaves, "navigation": Navigation}
+TASKS |= {"affine": AffineChain, "s3": S3}
 
 
 def make_task(spec: str, data: str = "", natural: bool = False):

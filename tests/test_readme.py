@@ -40,6 +40,7 @@ TOOLS = {
     for path in sorted((ROOT / "docs" / "experiments").glob("*.py"))
 }
 TOOLS["more/traces.py"] = traces = load("traces", "more")
+TOOLS["more/tasks.py"] = load("tasks", "more")
 PAGES = ["README.md", "models/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
 README, METRICS = TEXTS["README.md"], TEXTS["docs/metrics.md"]
@@ -61,7 +62,7 @@ STAND_INS |= {r"--loss_on \$part": "--loss_on answer", r"--mode \$m": "--mode ps
 
 def commands(text: str) -> list[list[str]]:
     """The words of every command line of Python and torchrun in indented lines and in `code`, without comments."""
-    named = dict(re.findall(r"(\w+)=((?:countdown|generalpoints|knights|s3)\S*?)(?:;|\n)", text))
+    named = dict(re.findall(r"(\w+)=((?:countdown|more/tasks|s3)\S*?)(?:;|\n)", text))
     named |= dict(re.findall(r'(\w+)="(--[^"]*)"', text))
     text = re.sub(r"\$(\w+)", lambda m: named.get(m[1], m[0]), re.sub(r"\\\n\s*", "", text))
     lines = re.findall(r"^ {2,}(\S.*)$", text, re.MULTILINE)

@@ -1,13 +1,21 @@
 """Tasks of other files: how --task FILE.py:Class loads them, and those of more/tasks.py."""
 
+import doctest
 import json
+import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(1, str(ROOT / "more"))
+import tasks  # noqa: E402
+import test_rewards  # noqa: E402
+from test_rewards import reversed_numbers, write  # noqa: E402
+
 import rewards  # noqa: E402
 from rewards import BadInput, make_task  # noqa: E402
 
@@ -77,6 +85,19 @@ def test_knobs_of_a_dataclass(mine):
     assert make_task("./mine.py:Knobs").count == 3
 
 
+def test_files_are_found_from_other_folders(mine, tmp_path, monkeypatch):
+    """A path counts from the working folder, then from the one of rewards.py; or it is absolute."""
+    (tmp_path / "else" / "more").mkdir(parents=True)
+    mine(PLAIN)
+    monkeypatch.chdir(tmp_path / "else")
+    for path in ("../mine.py", tmp_path / "mine.py"):
+        assert type(make_task(f"{path}:Plain")).__name__ == "Plain"
+    assert type(make_task("more/tasks.py:KnightsAndKnaves:max_people=2")).__name__ == "KnightsAndKnaves"
+    (tmp_path / "else" / "more" / "tasks.py").write_text(PLAIN)
+    with pytest.raises(BadInput, match="more/tasks.py has no class 'KnightsAndKnaves'"):
+        make_task("more/tasks.py:KnightsAndKnaves")
+
+
 BAD_FILES = {  # spec, then what stands in mine.py, and words of the complaint
     "no file": ("yours.py:Plain", PLAIN, "no file yours.py"),
     "no class": ("mine.py", PLAIN, "mine.py has no class ''"),
@@ -129,3 +150,356 @@ def test_a_script_runs_it(run, cwd, script):
     (cwd / "mine.py").write_text("1 +")
     done = run(script, "--task mine.py:Plain")
     assert done.code == 2 and done.err.count("\n") == 1 and "mine.py" in done.err
+
+
+# -------------------------------------------------------------------- the tasks of more/tasks.py
+
+
+def test_doctests():
+    result = doctest.testmod(tasks)
+    assert result.attempted >= 7 and result.failed == 0
+
+
+HAND = {"kind": "solve", "rule": 13, "cards": ["3", "J", "K"], "numbers": [3, 11, 13], "target": 24, "failed": []}
+
+
+def test_solver_finds_what_random_expressions_prove_solvable():
+    rng = random.Random(1)
+    for problem in (rewards.Countdown(high=12).problem("train", 0, i) for i in range(30)):
+        assert tasks.solve_countdown(problem["numbers"], problem["target"]) is not None
+        numbers = [rng.randint(1, 12) for _ in range(rng.randint(2, 4))]
+        text = str(numbers[0])
+        for number in numbers[1:]:
+            text = f"({text}){rng.choice('+-*')}{number}"
+        target = rewards.parse_expression(text)[0]
+        value, numerals = rewards.parse_expression(tasks.solve_countdown(numbers, target))
+        assert value == target and Counter(numerals) == Counter(numbers)
+
+
+def test_generalpoints_hands():
+    """Ranks, values under both rules, a face card where asked for, one target or one of each hand's own."""
+    for task in (tasks.GeneralPoints(), tasks.GeneralPoints(rule=13, faces=1), tasks.GeneralPoints(4, 24)):
+        for p in (task.problem(split, 1, i) for split in ("train", "test") for i in range(20)):
+            values = {card: value if task.rule == 13 else min(10, value) for card, value in tasks.RANKS.items()}
+            assert p["numbers"] == [values[card] for card in p["cards"]] and len(p["cards"]) == task.cards
+            assert sum(card in "JQK" for card in p["cards"]) >= task.faces
+            assert task.target in (0, p["target"]) and tasks.solve_countdown(p["numbers"], p["target"])
+    assert task.compact(HAND) == "R13|3,J,K=24<think>" and "K as 13" in task.question(HAND)
+
+
+def test_generalpoints_traces_are_right_after_the_values():
+    task = tasks.GeneralPoints(basics=0.5)
+    kinds, misses = Counter(), 0
+    for i in range(200):
+        p = task.problem("train", 0, i)
+        trace = task.trace(p, random.Random(i))
+        kinds[p["kind"]] += 1
+        attempts = rewards.countdown_attempts(tuple(sorted(p["numbers"])), "+-*/", 99)
+        in_reach = p["kind"] == "read" or p["target"] in {value for value, _, _ in attempts}
+        assert task.score(trace, p)["correct"] == in_reach
+        misses += not in_reach
+        if p["kind"] != "plain":
+            assert trace.startswith(",".join(map(str, p["numbers"])) + "\n")
+    assert misses < 6 and 75 < kinds["solve"] < 125 and min(kinds["read"], kinds["plain"]) > 30
+    assert {task.problem("test", 0, i)["kind"] for i in range(50)} == {"solve"}
+    read = HAND | {"kind": "read", "target": 0}
+    assert task.compact(read) == "R13|3,J,K?<think>" and task.score("</think><answer>3,11,13</answer>", read)["correct"]
+    assert not task.score("</think><answer>3,10,10</answer>", read)["correct"]
+
+
+def test_generalpoints_revision():
+    """A failed attempt and its verdict stand in the next prompt, and the generated ones are failures too."""
+    task = tasks.GeneralPoints(rule=13, turns=5)
+    after = task.revise(HAND, '</think><answer>{"formula": "13+11*3"}</answer>')
+    assert after["failed"] == [["13+11*3", "wrong_value"]] and not HAND["failed"]
+    after = task.revise(task.revise(after, "<answer>3*11</answer>"), "<answer>\x1b<think>3+</answer>")
+    assert task.compact(after) == "R13|3,J,K=24 13+11*3#v 3*11#n 3+#s<think>"
+    assert "You tried 3*11, which failed" in task.question(after)
+    counts = Counter()
+    for i in range(200):
+        p = task.problem("train", 0, i)
+        counts[len(p["failed"])] += 1
+        for formula, verdict in p["failed"]:
+            assert verdict == tasks.points_verdict(formula, p["numbers"], p["target"]) != "correct"
+    assert set(counts) == {0, 1, 2, 3, 4} and min(counts.values()) > 20
+
+
+PUZZLE = {"statements": [["knave", 1], ["or", ["knight", 1], ["knave", 1]]]}  # A-B+
+
+
+def test_knights_have_one_solution_and_traces_find_it():
+    task, kinds = tasks.KnightsAndKnaves(2, 5), Counter()
+    for p in (task.problem(split, 0, i) for split in ("train", "test") for i in range(150)):
+        [roles] = tasks.solve_knights(p["statements"])
+        thought, found = task.search(p["statements"])
+        assert tuple(found) == roles and task.score(task.trace(p, random.Random(0)), p)["total"] == 1.1
+        assert thought.count("!") == thought.count("\n")  # a line per dead end
+        kinds.update(statement[0] for statement in p["statements"])
+    kinds["claim"] = kinds.pop("knight") + kinds.pop("knave")
+    assert set(kinds) == {"claim", "not", "and", "or", "implies", "iff"}
+    assert max(kinds.values()) < 2.5 * min(kinds.values())
+
+
+@pytest.mark.parametrize(
+    "answer, right",
+    [
+        ("A-B+", True),
+        ("B+, A-", True),
+        ("Ada: knave; Ben: knight", True),
+        ("Ada is a knave and Ben is a knight.", True),
+        ("A-", False),
+        ("A-B+A-", False),
+        ("A-B+A+", False),
+        ("A-B+C+", False),
+        ("Ada is not a knave, Ben is a knight", False),
+        ("", False),
+    ],
+)
+def test_knights_answers(answer, right):
+    assert tasks.solve_knights([["knave", 1], ["knight", 1]]) == [(1, 0), (0, 1)]
+    assert tasks.solve_knights(PUZZLE["statements"]) == [(0, 1)]
+    assert tasks.KnightsAndKnaves().score(f"</think><answer>{answer}</answer>", PUZZLE)["correct"] == right
+
+
+ROUTE = {"start": 350, "legs": [[10, 1, 0, 6], [190, 2, 3, 1]], "space": "relative"}
+
+
+def test_navigation_routes():
+    task = tasks.Navigation()
+    assert task.compact(ROUTE) == "R>n A6;>>s D1|A6.D1<think>"
+    actions = ["turn_direction(slightly right)", "forward()", "turn_direction(right)", *["forward()"] * 2, "stop()"]
+    assert task.actions(ROUTE) == actions
+    assert task.trace(ROUTE, None) == "> fA6\n>> f. fD1\n</think><answer>> f >> f f !</answer>"
+    for answer in (", ".join(actions), "> f >> f f !", ">,f,>>,f,f,!"):
+        assert task.score(f"</think><answer>{answer}</answer>", ROUTE)["correct"]
+    wrong = "</think><answer>> f > f f !</answer>"
+    assert not task.score(wrong, ROUTE)["correct"] and task.describe(wrong, ROUTE)["right_actions"] == 5 / 6
+    other = ROUTE | {"space": "absolute"}
+    assert task.compact(other)[1:] == task.compact(ROUTE)[1:] and task.actions(other)[0] == "turn_direction(north)"
+    asked = task.question(ROUTE)
+    assert "turn slightly right to face north" in asked and "Alder Inn is ahead" not in asked
+    assert "the next intersection, where Alder Inn is left" in asked and "slightly right, right. Think" in asked
+    for space in ("absolute", "relative"):
+        task = tasks.Navigation(space=space, basics=0.3)
+        routes = [task.problem("train", 0, i) for i in range(200)]
+        assert all(task.score(task.trace(p, random.Random(0)), p)["total"] == 1.1 for p in routes)
+        easy = [p for p in routes if p["legs"][0][1] == 0]
+        assert 40 < len(easy) < 80 and {p["space"] for p in easy} == {"absolute", "relative"}
+        assert all(task.problem("test", 0, i)["space"] == space for i in range(50))
+
+
+BAD_KNOBS = ["GeneralPoints:cards=5", "GeneralPoints:rule=11", "GeneralPoints:turns=6"]
+BAD_KNOBS += ["KnightsAndKnaves:max_people=9", "Navigation:space=up", "Navigation:min_legs=0"]
+
+
+@pytest.mark.parametrize("spec", BAD_KNOBS)
+def test_bad_knobs(spec):
+    with pytest.raises(BadInput, match="allowed|absolute or relative"):
+        make_task(f"more/tasks.py:{spec}")
+
+
+def below(edges: list, root: str) -> dict[str, int]:
+    """Distance from the root of every name that can be reached along the edges."""
+    found = {root: 0}
+    while new := {c: found[p] + 1 for p, c in edges if p in found and c not in found}:
+        found |= {c: min(found[p] + 1 for p, x in edges if x == c and p in found) for c in new}
+    return found
+
+
+def graph_of(problem: dict, graph: dict) -> Counter:
+    """What the vectors count in one graph; `labels` and `parents` of the nodes that have an edge."""
+    edges, root = problem["edges"], problem["root"]
+    nodes, children, parents = ({x for e in edges for x in e}, {p for p, _ in edges}, Counter(c for _, c in edges))
+    reach, roots = below(edges, root), [n for n in nodes if n not in parents]
+    depth = below(edges, next(r for r in problem["roots"] if r != root))[problem["other"]]
+    kept = [i for i, above in enumerate(graph["parents"]) if above or any(i in p for p in graph["parents"])]
+    families = Counter(graph["labels"][i] for i in kept)
+    count = Counter(nodes=len(nodes), edges=len(edges), reach=len(reach) - 1, out=sum(p == root for p, _ in edges))
+    count.update({f"path {reach[problem['target']]}": 1, f"other {depth}": 1, f"entities {min(len(roots), 4)}": 1})
+    count.update({f"family {label}": n for label, n in families.items()})
+    count.update({f"in {min(parents[n], 4)}": 1 for n in nodes if n in parents or n not in roots})
+    assert problem["target"] not in children and problem["other"] not in children and problem["other"] not in reach
+    assert sorted(roots) == sorted(n for n in nodes if n in tasks.ProsQA.ENTITIES)
+    assert not any(n in below([e for e in edges if e[0] != n], c) for n, c in edges)  # no cycle
+    leaves = [n for n in reach if n not in children]
+    count["root 1"] = int(root == problem["roots"][1])
+    count["deepest"] = int(reach[problem["target"]] == max(reach[n] for n in leaves))
+    return count
+
+
+def test_prosqa_has_the_statistics_of_the_released_data():
+    """Means within 5 %, shares within .05 of the 300 released items, over 2,000 draws."""
+    path = Path(__file__).parent / "vectors" / "latent.json"
+    real = json.loads(path.read_text(encoding="utf-8"))["prosqa_graphs"]["aggregate"]
+    task, rng, total, draws, first = tasks.ProsQA(), random.Random(0), Counter(), 0, 0
+    while draws < 2000:
+        graph = task.graph(rng)
+        problem = task.dress(graph, rng)
+        if problem:
+            total.update(graph_of(problem, graph))
+            draws, first = draws + 1, first + (not problem["swap"])
+    mean = {name: count / draws for name, count in total.items()}
+    for ours, theirs in (
+        ("nodes", "nodes"),
+        ("edges", "edges"),
+        ("reach", "reachable_from_root"),
+        ("out", "root_out_degree"),
+    ):
+        assert mean[ours] == pytest.approx(real[theirs]["mean"], rel=0.05), ours
+    for name, theirs in (("path", "shortest_path_hist"), ("other", "neg_target_depth_hist")):
+        for key, share in real[theirs].items():
+            assert mean.get(f"{name} {key}", 0) == pytest.approx(share, abs=0.05), (name, key)
+    for key in ("2", "3"):
+        assert mean[f"entities {key}"] == pytest.approx(real["n_entities_hist"][key], abs=0.05)
+    families = {1: "only_root0", 2: "only_root1"}
+    for label, theirs in families.items():
+        assert mean[f"family {label}"] == pytest.approx(real["mean_family_counts"][theirs], rel=0.05)
+    assert mean["family 3"] < 2 and mean["family 0"] < 1
+    assert mean["root 1"] == pytest.approx(real["root_index_hist"]["1"], abs=0.05)
+    assert mean["deepest"] == pytest.approx(real["frac_target_at_max_leaf_depth"], abs=0.05)
+    assert first / draws == pytest.approx(0.5, abs=0.05)
+
+
+def test_prosqa_problems():
+    task = tasks.ProsQA()
+    streams = {s: [task.problem(s, 0, i) for i in range(100)] for s in ("train", "test")}
+    assert streams["train"] == [task.problem("train", 0, i) for i in range(100)]
+    assert not {task.key(p) for p in streams["train"]} & {task.key(p) for p in streams["test"]}
+    for problem in streams["train"]:
+        assert json.loads(json.dumps(problem)) == problem
+        question, steps, answer = task.question(problem), task.steps(problem), task.answer(problem)
+        assert len(steps) == below(problem["edges"], problem["root"])[problem["target"]] >= 3
+        assert all(step in question for step in steps)  # each is a premise
+        assert (
+            steps[0].split()[0] == problem["root"] == answer.split()[0] and steps[-1].split()[-1] == answer.split()[-1]
+        )
+        assert task.score("\n".join([*steps, "### " + answer]), problem)["correct"]
+        assert not task.score(f"### {problem['root']} is a {problem['other']}.", problem)["correct"]
+    with pytest.raises(BadInput, match="10 to 36"):
+        tasks.ProsQA(nodes=5)
+    assert len(tasks.ProsQA(nodes=36).problem("train", 0, 0)["edges"]) > 20
+
+
+CHAIN = {"question": "2 and 3?", "steps": ["2+3=5", "5*2=10"], "answer": "10"}
+PRONTO = {
+    "question": "Each cat is small. Sam is a cat.", "query": "True or false: Sam is small.", "answer": "True",
+    "chain_of_thought": ["Sam is a cat.", "Each cat is small.", "Sam is small."],
+}  # fmt: skip
+CHAIN_FILES = {
+    "list": json.dumps([CHAIN, CHAIN | {"answer": 10, "edges": [[0, 1]]}]),
+    "lines": json.dumps(CHAIN) + "\n\n" + json.dumps(CHAIN),
+    "one": json.dumps(CHAIN),
+    "gsm8k": "2 and 3?||2+3=5 5*2=10 #### 10\n2 and 3?||2+3=5 5*2=10## 10\n",
+}
+
+
+@pytest.mark.parametrize("form", CHAIN_FILES)
+def test_chain_files(form, tmp_path):
+    (tmp_path / "a").write_text(CHAIN_FILES[form], encoding="utf-8")
+    assert tasks.read_chains(str(tmp_path / "a")) == [CHAIN] * (1 if form == "one" else 2)
+
+
+def test_prontoqa_file(tmp_path):
+    examples = {f"example{i}": {"in_context_example0": PRONTO, "test_example": PRONTO} for i in (1, 2)}
+    (tmp_path / "a").write_text(json.dumps(examples), encoding="utf-8")
+    steps = ["Sam is a cat. Each cat is small.", "Sam is small."]
+    question = "Each cat is small. Sam is a cat. True or false: Sam is small."
+    assert tasks.read_chains(str(tmp_path / "a")) == [{"question": question, "steps": steps, "answer": "True"}] * 2
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "is empty"),
+        ("[]", "is empty"),
+        ("[1]", 'item 1: "steps" must be a list'),
+        (json.dumps([CHAIN, CHAIN | {"steps": "2+3=5"}]), 'item 2: "steps" must be a list of texts'),
+        (json.dumps([CHAIN | {"answer": " "}]), 'item 1: field "answer" is missing or empty'),
+        (json.dumps({"example7": {"test_example": PRONTO | {"query": None}}}), 'item example7: field "question"'),
+        (json.dumps({"example7": {"test_example": PRONTO | {"chain_of_thought": "x"}}}), "item example7: .steps"),
+        (json.dumps(CHAIN) + "\n{\n", "line 2: "),
+        ("2 and 3?||2+3=5 #### 10\nno separator\n", 'line 2: field "answer" is missing'),
+        ("[" * 100_000, "line 1: "),
+    ],
+)
+def test_bad_chain_files(tmp_path, text, words):
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(BadInput, match=words) as error:
+        make_task("more/tasks.py:Chains", data=str(tmp_path / "a.json"))
+    assert "a.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_chains_task(tmp_path):
+    rows = [CHAIN | {"question": f"{i} and 3?"} for i in range(100)]
+    task = make_task("more/tasks.py:Chains", data=write(tmp_path / "a.jsonl", rows))
+    assert len(task.streams["train"]) + len(task.streams["test"]) == 100 > len(task.streams["train"]) > 80
+    problem = task.problem("train", 0, 0)
+    assert task.steps(problem) == CHAIN["steps"] and task.score("2+3=5\n### 10", problem)["correct"]
+    both = make_task(f"more/tasks.py:Chains:test={write(tmp_path / 'b.jsonl', rows[:3])}", data=str(tmp_path / "a.jsonl"))
+    assert len(both.streams["train"]) == 100 and both.streams["test"] == tasks.read_chains(str(tmp_path / "b.jsonl"))
+    with pytest.raises(BadInput, match="give --data"):
+        make_task("more/tasks.py:Chains")
+
+
+def test_two_notations():
+    """Tries in signs and in letters; the consistency reward is the share of those in signs (R1)."""
+    task, problem = tasks.Notations(worded=0.5, consistency=0.5), {"numbers": [4, 4, 6], "target": 6}
+    text = "4x6x4e24x4e96>6\nwait4*6/4=24/4=6=6\n</think><answer>4*6/4</answer>"
+    assert task.describe(text, problem) == {
+        "tries": 2, "distinct_tries": 2, "gave_up": False, "first_notation": 0.5, "mixed": True,
+    }  # fmt: skip
+    assert task.score(text, problem)["total"] == 1.1 + 0.25
+    assert tasks.Notations(consistency=1.0).describe("</think>", problem)["first_notation"] == 1.0
+    traces = [task.trace(task.problem("train", 0, i), random.Random(i)) for i in range(300)]
+    lines = [line for trace in traces for line in trace.partition("</think>")[0].splitlines()]
+    share = sum("e" in line for line in lines) / len(lines)
+    assert 0.4 < share < 0.6 and not any("e" in line and "=" in line for line in lines)
+    plain = rewards.Countdown()  # whose traces are the same but for the notation
+    for i, trace in enumerate(traces[:50]):
+        problem = plain.problem("train", 0, i)
+        details = task.describe(trace, problem)
+        assert details["tries"] == plain.describe(plain.trace(problem, random.Random(i)), problem)["tries"]
+
+
+# ------------------------------------------------- what test_rewards.py asks of tasks and verifiers
+
+
+def other_space(problem: dict) -> dict:
+    return problem | {"space": "relative"}
+
+
+GENERATED = [
+    (tasks.GeneralPoints(turns=3), reversed_numbers),
+    (tasks.GeneralPoints(rule=13, faces=1, basics=0.4), reversed_numbers),
+    (make_task("more/tasks.py:GeneralPoints", natural=True), reversed_numbers),
+    (tasks.KnightsAndKnaves(), dict),
+    (make_task("more/tasks.py:KnightsAndKnaves", natural=True), dict),
+    (tasks.Navigation(), other_space),
+    (make_task("more/tasks.py:Navigation:grain=1", natural=True), other_space),
+]
+
+
+@pytest.mark.parametrize("task, permute", GENERATED, ids=str)
+def test_streams(task, permute):
+    test_rewards.test_streams(task, permute)
+
+
+JUDGES = {
+    "cards": lambda text: tasks.GeneralPoints().score(text, HAND),
+    "read cards": lambda text: tasks.GeneralPoints().score(text, HAND | {"kind": "read"}),
+    "knights": lambda text: tasks.KnightsAndKnaves().score(text, PUZZLE),
+    "route": lambda text: tasks.Navigation().score(text, ROUTE),
+    "two notations": lambda text: tasks.Notations().score(text, test_rewards.COUNTDOWN),
+}
+
+
+def test_hostile_answers_are_wrong_and_cheap(monkeypatch):
+    monkeypatch.setattr(test_rewards, "JUDGES", JUDGES)
+    test_rewards.test_hostile_answers_are_wrong_and_cheap(monkeypatch)
+
+
+@pytest.mark.parametrize("most, count", [(200, 300), (10**4, 30), (10**6, 3)])
+def test_ugly_completions(most, count, monkeypatch):
+    names = "GeneralPoints", "KnightsAndKnaves", "Navigation", "Notations:worded=0.3,consistency=1"
+    monkeypatch.setattr(test_rewards, "UGLY", [f"more/tasks.py:{name}" for name in names])
+    test_rewards.test_ugly_completions(most, count)

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "more")]
+import tasks  # noqa: E402
+
 import rewards  # noqa: E402
 
 FOLDER = Path(os.environ.get("VECTORS") or Path(__file__).parent / "vectors")
@@ -55,7 +58,7 @@ READ = {
     },
     "latent": {
         "coconut": "tests/test_coconut.py",
-        "prosqa_graphs": "tests/test_rewards.py",
+        "prosqa_graphs": "tests/test_tasks.py",
         "recurrent_depth": "tests/test_recurrent_depth.py",
     },
     "test_time": {
@@ -167,7 +170,7 @@ def test_pass_at_k_dataset(case):
 
 @cases("grpo", "solvable")
 def test_solvable(case):
-    solution = rewards.solve_countdown(case["numbers"], case["target"])
+    solution = tasks.solve_countdown(case["numbers"], case["target"])
     check("grpo", case, solution is not None, case["solvable"])
     if solution is not None:
         value, numerals = rewards.parse_expression(solution)
@@ -227,8 +230,8 @@ def test_ppo_pass_at_k_dataset(case):
 
 @cases("sft_data", "generalpoints", "cases")
 def test_generalpoints(case):
-    task = rewards.GeneralPoints(rule=int(case["rule"].removeprefix("face")))
-    numbers = [rewards.RANKS[c] if task.rule == 13 else min(10, rewards.RANKS[c]) for c in case["cards"]]
+    task = tasks.GeneralPoints(rule=int(case["rule"].removeprefix("face")))
+    numbers = [tasks.RANKS[c] if task.rule == 13 else min(10, tasks.RANKS[c]) for c in case["cards"]]
     assert numbers == case["numbers"]
     problem = {"kind": "solve", "rule": task.rule, "cards": case["cards"], "numbers": numbers, "failed": []}
     parts = task.score(f"</think><answer>{case['formula']}</answer>", problem | {"target": case["target"]})
@@ -239,13 +242,13 @@ def test_generalpoints(case):
 
 @cases("sft_data", "generalpoints", "extraction")
 def test_generalpoints_extraction(case):
-    check("sft_data", case, str(rewards.points_formula(case["output"])), case["reference_formula"])
+    check("sft_data", case, str(tasks.points_formula(case["output"])), case["reference_formula"])
 
 
 @cases("sft_data", "generalpoints", "episodes")
 def test_generalpoints_episodes(case):
     """The attempts as outputs that earn just these points; the verifier stops after five."""
-    task, outputs = rewards.GeneralPoints(), {5: "3*10-6*1", -1: "3*10+6*1", -2: "3*10-6", -3: "3*(10"}
+    task, outputs = tasks.GeneralPoints(), {5: "3*10-6*1", -1: "3*10+6*1", -2: "3*10-6", -3: "3*(10"}
     problem = {"kind": "solve", "rule": 10, "cards": ["A", "3", "K", "6"], "numbers": [1, 3, 10, 6]}
     problem |= {"target": 24, "failed": []}
     parts = []
@@ -264,12 +267,12 @@ def test_generalpoints_episodes(case):
 
 @cases("sft_data", "knights_knaves")
 def test_knights_knaves(case):
-    task, problem = rewards.KnightsAndKnaves(), {"statements": case["statements"]}
-    solutions = [[bool(role) for role in roles] for roles in rewards.solve_knights(case["statements"])]
+    task, problem = tasks.KnightsAndKnaves(), {"statements": case["statements"]}
+    solutions = [[bool(role) for role in roles] for roles in tasks.solve_knights(case["statements"])]
     check("sft_data", case, solutions, case["solutions"])
     check("sft_data", case, task.puzzle(problem), case["text"])
     thought, roles = task.search(case["statements"])
-    end = "".join(name[0] + "-+"[role] for name, role in zip(rewards.PEOPLE, roles, strict=False)) or "none"
+    end = "".join(name[0] + "-+"[role] for name, role in zip(tasks.PEOPLE, roles, strict=False)) or "none"
     check("sft_data", case, f"{thought}={end}".replace("\n", ""), case["compact_trace"])
     if case["well_posed"]:
         for answer in (case["answer"], end):
@@ -279,7 +282,7 @@ def test_knights_knaves(case):
 @cases("sft_data", "navigation")
 def test_navigation(case):
     for space in ("absolute", "relative"):
-        word = rewards.turn_word(case["previous_heading"], case["new_heading"], space)
+        word = tasks.turn_word(case["previous_heading"], case["new_heading"], space)
         check("sft_data", case, f"turn_direction({word})", case[f"{space}_action"])
 
 

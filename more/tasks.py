@@ -1,0 +1,886 @@
+"""More tasks, for any script: --task more/tasks.py:KnightsAndKnaves:max_people=5
+
+    GeneralPoints     reach a target with a hand of cards (arXiv:2501.17161 sec. 4.1, app. A)
+    Navigation        follow a route in words (2501.17161 app. B)
+    KnightsAndKnaves  who always tells the truth? (2505.13718)
+    ProsQA            two concepts, one above a node of a random graph (2412.06769 app. A.2)
+    Chains            problems with steps, from a file: ProsQA, ProntoQA, GSM8K-Aug
+    Notations         countdown whose traces mix two notations (R1's language mixing, 2501.12948)
+
+rewards.py says what a task is. What stands here, one experiment or one script uses: those of
+docs/sft_experiments.md, and coconut.py for ProsQA and Chains.
+"""
+
+import functools
+import itertools
+import json
+import math
+import operator
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # rewards.py is one folder up
+
+from rewards import (
+    ARITHMETIC,
+    GSM8K,
+    INSTRUCTION,
+    MAX_ANSWER,
+    BadInput,
+    Countdown,
+    Item,
+    combinations,
+    countdown_attempts,
+    evaluate,
+    expression_tokens,
+    extract_answer,
+    random_tree,
+    score,
+    score_last_line,
+    split_of,
+    to_postfix,
+)
+
+# --------------------------------------------------------------------------- GeneralPoints
+
+RANKS = {rank: value for value, rank in enumerate("A 2 3 4 5 6 7 8 9 10 J Q K".split(), 1)}
+POINTS = {"correct": 5, "wrong_value": -1, "wrong_numbers": -2, "illegal": -3, "limit": -1}
+
+
+def points_verdict(formula: str, numbers: Sequence[int], target: int) -> str:
+    """What the verifier says of a formula: the first fault that it has, else "correct".
+
+    Faults in this order: "illegal", "wrong_numbers", "wrong_value". Signs in front of a number are
+    illegal, what follows an = is not read, values are exact. That the first fault counts is the
+    paper's reading; its code adds the penalties up and rounds. POINTS has the rewards.
+    Source: arXiv:2501.17161 app. A.3.
+
+    >>> formulas = "3*10-6*1=24", "(1+6)*3+10", "3*10-6", "3*("
+    >>> [points_verdict(formula, [1, 3, 10, 6], 24) for formula in formulas]
+    ['correct', 'wrong_value', 'wrong_numbers', 'illegal']
+    """
+    try:
+        postfix = to_postfix(expression_tokens(formula.partition("=")[0]))
+    except ValueError:
+        return "illegal"
+    if "neg" in postfix or "pos" in postfix:
+        return "illegal"
+    if Counter(int(token) for token in postfix if token.isdigit()) != Counter(numbers):
+        return "wrong_numbers"
+    try:
+        value = evaluate(postfix, ARITHMETIC, Fraction)
+    except ZeroDivisionError:
+        return "wrong_value"
+    return "correct" if value == target else "wrong_value"
+
+
+def points_formula(text: str) -> str | None:
+    """The last "formula" of an answer in JSON, however broken the rest; None without one."""
+    found = re.findall(r'"formula"\s*:\s*"([^"]*)"', text[: MAX_ANSWER + 1])
+    return found[-1] if found else None
+
+
+def solve_countdown(numbers: Sequence[int], target: int) -> str | None:
+    """An expression over all the numbers that equals the target, None if there is none.
+
+    Exhaustive and exact.
+
+    >>> solve_countdown([3, 3, 8, 8], 24), solve_countdown([1, 1, 1, 1], 24)
+    ('8/(3-8/3)', None)
+    """
+    visited = set()
+
+    def search(pool: list[Item]) -> str | None:
+        if len(pool) == 1:
+            value, expression, _ = pool[0]
+            return expression if value == target else None
+        values = tuple(sorted(value for value, _, _ in pool))
+        if values in visited:  # of all texts for these values, one is enough
+            return None
+        visited.add(values)
+        for rest in combinations(pool, "+-*/"):
+            found = search(rest)
+            if found:
+                return found
+        return None
+
+    return search([(Fraction(n), str(n), 3) for n in numbers])
+
+
+@dataclass
+class GeneralPoints:
+    """Reach the target with the values of a hand of cards, each used once.
+
+    J, Q and K count 10 under rule 10, and 11, 12, 13 under rule 13. The paper trains on rule 10 and
+    tests on rule 13 with a face card on every hand (faces=1). The split goes by values and target,
+    so it is the same under both rules. Source: arXiv:2501.17161 sec. 4.1, app. A.1.
+    """
+
+    cards: int = 3
+    target: int = 0  # 0: another one for each hand, 1 to 99
+    rule: int = 10
+    faces: int = 0  # face cards on every hand, at least
+    turns: int = 1  # so many attempts less one, at most, stand in the prompt, with their verdicts
+    basics: float = 0.0  # share of easier training problems, to read a hand or with plain numbers
+
+    NATURAL = {"cards": 4, "target": 24}
+    CHECKS = 5  # attempts that the verifier looks at; a sixth costs 1 point unseen
+    MARKS = {"illegal": "#s", "wrong_numbers": "#n", "wrong_value": "#v"}  # syntax, numbers, value
+    REASONS = {
+        "illegal": "the formula is not legal",
+        "wrong_numbers": "the numbers are not those of the cards",
+        "wrong_value": "the value is not the target",
+    }
+
+    def __post_init__(self):
+        if not (2 <= self.cards <= 4 and 0 <= self.faces <= self.cards and 0 <= self.target <= 99):
+            allowed = "2 to 4 cards, at most so many faces, and a target up to 99 are allowed"
+            raise BadInput(f"{self}: {allowed}")
+        known = self.rule in (10, 13) and 1 <= self.turns <= self.CHECKS
+        if not known or not 0 <= self.basics <= 1:
+            allowed = f"rule 10 or 13, turns 1 to {self.CHECKS} and basics 0 to 1 are allowed"
+            raise BadInput(f"{self}: {allowed}")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        rng = random.Random(f"generalpoints {split} {seed} {index}")
+        easy = split == "train" and rng.random() < self.basics
+        kind = rng.choice(["read", "plain"]) if easy else "solve"
+        rules = {"read": rng.choice([10, 13]), "plain": 13, "solve": self.rule}
+        for _ in range(10_000):
+            problem = self.hand(kind, rules[kind], rng)
+            if problem["target"] not in range(1, 100) and kind != "read":
+                continue
+            if split_of(self.key(problem)) != split:
+                continue
+            if self.target and kind != "read":  # the value of a random tree needs no proof
+                if not solve_countdown(problem["numbers"], self.target):
+                    continue
+            for _ in range(rng.randrange(self.turns) if kind == "solve" else 0):
+                problem = self.revise(problem, f"<answer>{self.failure(problem, rng)}</answer>")
+            return problem
+        raise BadInput(f"no solvable hand found for {self}; take more cards or target=0")
+
+    def hand(self, kind: str, rule: int, rng: random.Random) -> dict:
+        """A random hand; its target may be one that no problem has."""
+        cards = []
+        for i in range(self.cards):
+            cards.append(rng.choice("JQK" if i < self.faces else list(RANKS)))
+        rng.shuffle(cards)
+        numbers = [RANKS[card] if rule == 13 else min(10, RANKS[card]) for card in cards]
+        target = 0
+        if kind != "read":
+            target = self.target or random_tree([Fraction(n) for n in numbers], "+-*/", rng)
+            if target in range(1, 100):
+                target = int(target)
+        problem = {"kind": kind, "rule": rule, "cards": cards, "numbers": numbers}
+        return problem | {"target": target, "failed": []}
+
+    def failure(self, problem: dict, rng: random.Random) -> str:
+        """A wrong attempt: over the hand's numbers, or with one of them misread."""
+        numbers = problem["numbers"][:]
+        numbers[0] = rng.choice([numbers[0], rng.randint(1, 13)])
+        chains = [chain for _, _, chain in countdown_attempts(tuple(sorted(numbers)), "+-*/", 99)]
+        for chain in rng.sample(chains, len(chains)):
+            formula = chain.partition("=")[0]
+            if points_verdict(formula, problem["numbers"], problem["target"]) != "correct":
+                return formula
+        return "1"
+
+    def key(self, problem: dict) -> str:
+        return f"{sorted(problem['numbers'])}={problem['target']}"  # as Countdown's
+
+    def compact(self, problem: dict) -> str:
+        hand = f"R{problem['rule']}|{','.join(problem['cards'])}"
+        if problem["kind"] == "read":
+            return f"{hand}?<think>"
+        if problem["kind"] == "plain":
+            hand = ",".join(map(str, problem["numbers"]))
+        failed = "".join(f" {f}{self.MARKS[verdict]}" for f, verdict in problem["failed"])
+        return f"{hand}={problem['target']}{failed}<think>"
+
+    def question(self, problem: dict) -> str:
+        faces = "J counts as 11, Q as 12 and K as 13"
+        if problem["rule"] == 10:
+            faces = "J, Q and K each count as 10"
+        given = f"Cards: [{', '.join(problem['cards'])}]. A counts as 1, {faces}."
+        if problem["kind"] == "plain":
+            given = f"Numbers: {problem['numbers']}."
+        if problem["kind"] == "read":
+            asked, example = "Which numbers are these?", "1,5,10"
+        else:
+            asked = "Using each number exactly once, with + - * / and parentheses, make "
+            asked += f"{problem['target']}."
+            for formula, verdict in problem["failed"]:
+                asked += f" You tried {formula}, which failed: {self.REASONS[verdict]}."
+            example = '{"cards": ["A", "5", "K"], "number": [1, 5, 10], "formula": "(10-5)*1"}'
+        return f"{given} {asked} {INSTRUCTION}, for example <answer>{example}</answer>."
+
+    def judge(self, text: str, problem: dict) -> tuple[str, str]:
+        """The formula of a completion and its verdict; "limit" once CHECKS attempts have failed."""
+        answer = extract_answer(text) or ""
+        formula = points_formula(answer) or answer
+        if len(problem["failed"]) >= self.CHECKS:
+            return formula, "limit"
+        return formula, points_verdict(formula, problem["numbers"], problem["target"])
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        answer = extract_answer(text)
+        if problem["kind"] == "read":
+            return score(text, answer, answer == ",".join(map(str, problem["numbers"])), **kw)
+        _, verdict = self.judge(text, problem)
+        parts = score(text, answer, verdict == "correct", **kw)
+        return parts | {"verdict": verdict, "points": POINTS[verdict]}
+
+    def revise(self, problem: dict, text: str) -> dict:
+        """The problem of the next turn: this one, a failed attempt and its verdict (app. A.2)."""
+        formula, verdict = self.judge(text, problem)
+        shown = re.sub("[^-0-9+*/()=AJQK ]", "", formula)[:40]
+        return problem | {"failed": [*problem["failed"], [shown, verdict]]}
+
+    def trace(self, problem: dict, rng: random.Random) -> str:
+        """The values of the cards, then Countdown's search.
+
+        It ends on a miss where only fractions or numbers above 99 lead to the target.
+        """
+        values = ",".join(map(str, problem["numbers"]))
+        if problem["kind"] == "read":
+            return f"{values}\n</think><answer>{values}</answer>"
+        search = Countdown(give_up=0.0).trace(problem, rng)
+        return f"{values}\n{search}" if problem["kind"] == "solve" else search
+
+    def describe(self, text: str, problem: dict) -> dict:
+        return Countdown().describe(text, problem)
+
+
+# ------------------------------------------------------------------------ Knights & Knaves
+
+PEOPLE = "Ada Ben Cleo Dan Eve Fay Gus Hal".split()  # written A to H
+
+
+def truth(statement: list, roles: Sequence[float]) -> float:
+    """1 if the statement is true, 0 if false, 0.5 if what is known of the roles leaves it open.
+
+    roles: 1 knight, 0 knave; of those that are missing nothing is known (Kleene's strong logic).
+    A statement is [knight, i], [knave, i], [not, s], or [and | or | implies | iff, s, t].
+
+    >>> [truth([kind, ["knight", 0], ["knave", 1]], [1]) for kind in ("or", "iff")]
+    [1, 0.5]
+    """
+    kind, *parts = statement
+    if kind in ("knight", "knave"):
+        role = roles[parts[0]] if parts[0] < len(roles) else 0.5
+        return role if kind == "knight" else 1 - role
+    a, b = truth(parts[0], roles), truth(parts[-1], roles)
+    if kind == "not":
+        return 1 - a
+    if kind == "and":
+        return min(a, b)
+    if kind == "or":
+        return max(a, b)
+    if kind == "implies":
+        return max(1 - a, b)
+    return min(max(1 - a, b), max(1 - b, a))
+
+
+def solve_knights(statements: list[list]) -> list[tuple[int, ...]]:
+    """All roles with which everybody is a knight if his statement is true and only then.
+
+    Knights come first.
+    """
+    found = []
+    for world in itertools.product((1, 0), repeat=len(statements)):
+        if all(truth(s, world) == role for s, role in zip(statements, world, strict=True)):
+            found.append(world)
+    return found
+
+
+def contradiction(statements: list[list], roles: list[int]) -> int | None:
+    """The first of those with a role whose statement contradicts it."""
+    for i, role in enumerate(roles):
+        if truth(statements[i], roles) == 1 - role:
+            return i
+    return None
+
+
+def letters_of(roles: Sequence[int]) -> str:
+    """Roles in a few characters.
+
+    >>> letters_of([0, 1])
+    'A-B+'
+    """
+    signs = ["+" if role else "-" for role in roles]
+    return "".join(name[0] + sign for name, sign in zip(PEOPLE, signs, strict=False))
+
+
+@dataclass
+class KnightsAndKnaves:
+    """Who is a knight and only says what is true, who a knave and only says what is false?
+
+    Puzzles with exactly one solution; statements as in the data of arXiv:2505.13718: a claim, or
+    not, and, or, implies, iff over claims.
+    """
+
+    min_people: int = 2
+    max_people: int = 3
+
+    NATURAL = {"min_people": 3, "max_people": 7}
+    SIGNS = {"and": "&", "or": "|", "implies": ">", "iff": "="}
+    WORDS = {
+        "and": "{} and {}",
+        "or": "{} or {}",
+        "implies": "if {} then {}",
+        "iff": "{} if and only if {}",
+        "not": "it is not true that {}",
+    }
+
+    def __post_init__(self):
+        if not 2 <= self.min_people <= self.max_people <= len(PEOPLE):
+            counts = f"{self.min_people} to {self.max_people}"
+            raise BadInput(f"{self}: 2 to {len(PEOPLE)} people are allowed, not {counts}")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        rng = random.Random(f"knights {split} {seed} {index}")
+        while True:  # half of the puzzles have exactly one solution
+            count = rng.randint(self.min_people, self.max_people)
+            statements = [self.statement(count, rng) for _ in range(count)]
+            problem = {"statements": statements}
+            if split_of(self.key(problem)) == split and len(solve_knights(statements)) == 1:
+                return problem
+
+    def statement(self, count: int, rng: random.Random) -> list:
+        claims = [[rng.choice(["knight", "knave"]), rng.randrange(count)] for _ in range(2)]
+        kind = rng.choice(["claim", "not", *self.SIGNS])
+        if kind == "claim":
+            return claims[0]
+        return [kind, claims[0]] if kind == "not" else [kind, *claims]
+
+    def key(self, problem: dict) -> str:
+        return self.compact(problem)
+
+    def compact(self, problem: dict) -> str:
+        """
+        >>> statements = [["and", ["knight", 1], ["knave", 0]], ["not", ["knight", 0]]]
+        >>> KnightsAndKnaves().compact({"statements": statements})
+        'A:(B+&A-);B:~A+?<think>'
+        """
+        said = zip(PEOPLE, problem["statements"], strict=False)
+        return ";".join(f"{name[0]}:{self.signs(s)}" for name, s in said) + "?<think>"
+
+    def signs(self, statement: list) -> str:
+        kind, *parts = statement
+        if kind in ("knight", "knave"):
+            return PEOPLE[parts[0]][0] + ("+" if kind == "knight" else "-")
+        inner = [self.signs(part) for part in parts]
+        return f"~{inner[0]}" if kind == "not" else f"({self.SIGNS[kind].join(inner)})"
+
+    def words(self, statement: list) -> str:
+        kind, *parts = statement
+        if kind in ("knight", "knave"):
+            return f"{PEOPLE[parts[0]]} is a {kind}"
+        return self.WORDS[kind].format(*(self.words(part) for part in parts))
+
+    def puzzle(self, problem: dict) -> str:
+        statements = problem["statements"]
+        names = PEOPLE[: len(statements)]
+        said = [f'{n} says: "{self.words(s)}."' for n, s in zip(names, statements, strict=True)]
+        return (
+            f"There are {len(names)} people: {', '.join(names)}. Each is either a knight, who only "
+            "says true things, or a knave, who only says false things. "
+            f"{' '.join(said)} Who is what?"
+        )
+
+    def question(self, problem: dict) -> str:
+        example = "<answer>Ada: knight; Ben: knave</answer>"
+        return f"{self.puzzle(problem)} {INSTRUCTION}, for example {example}."
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        """Ada: knight; Ben: knave and A+B- both count; everybody must be named once."""
+        answer, [roles] = extract_answer(text), solve_knights(problem["statements"])
+        said = (answer or "")[: MAX_ANSWER + 1].replace("knight", "+").replace("knave", "-")
+        for name in PEOPLE:
+            said = said.replace(name, name[0])
+        said = re.sub(r"[\s,;.:]|\bis an?\b|\band\b", "", said)
+        pairs = re.findall("[A-H][-+]", said)
+        right = "".join(sorted(pairs)) == letters_of(roles) and "".join(pairs) == said
+        return score(text, answer, right, **kw)
+
+    def search(self, statements: list[list]) -> tuple[str, list[int]]:
+        """Assume one role after the other, knight first: the text, the roles in the end or none.
+
+        A+ knight, A- knave, !B: B's statement contradicts B's role, so the last role that can
+        changes. A line ends where an assumption fails.
+        """
+        text, roles = "", []
+        while len(roles) < len(statements):
+            roles.append(1)
+            text += f"{PEOPLE[len(roles) - 1][0]}+"
+            wrong = contradiction(statements, roles)
+            while wrong is not None:
+                text += f"!{PEOPLE[wrong][0]}\n"
+                while roles and not roles[-1]:
+                    roles.pop()
+                if not roles:
+                    return text, []
+                roles[-1] = 0
+                text += f"{PEOPLE[len(roles) - 1][0]}-"
+                wrong = contradiction(statements, roles)
+        return text, roles
+
+    def trace(self, problem: dict, rng: random.Random) -> str:
+        thought, roles = self.search(problem["statements"])
+        return f"{thought}\n</think><answer>{letters_of(roles)}</answer>"
+
+
+# ------------------------------------------------------------------------------ Navigation
+
+COMPASS = "north northeast east southeast south southwest west northwest".split()
+BEARINGS = "ahead,ahead right,right,behind right,behind,behind left,left,ahead left".split(",")
+LANDMARKS = (  # written A to T
+    "Alder Inn,Birch Hall,Cedar Bank,Dune Cafe,Elm School,Fern Bakery,Grove Museum,Hill Tower,"
+    "Iris Hotel,Jade Market,Kite Shop,Lake House,Moss Library,New Gate,Oak Theatre,Pine Court,"
+    "Quay Station,Rose Garden,Stone Bridge,Tulip Bar"
+).split(",")
+TURNS = {"left": "<<", "slightly left": "<", "slightly right": ">", "right": ">>"}
+ACTIONS = {"forward()": "f", "stop()": "!"}  # in full, and in a few characters
+ACTIONS |= {f"turn_direction({word})": word[0] + word[5:6] for word in COMPASS}
+ACTIONS |= {f"turn_direction({word})": sign for word, sign in TURNS.items()}
+IN_FULL = {short: action for action, short in ACTIONS.items()}
+
+
+def turn_word(previous: int, heading: int, space: str) -> str:
+    """What turns a walker from one heading to another (degrees clockwise from north).
+
+    "absolute": the compass word of the new heading's 45-degree sector; "relative": left or right by
+    the sign of the turn in (-180, 180], slightly up to 45 degrees.
+    Source: arXiv:2501.17161 app. B, whose code forgets to wrap the turn (350 to 10 is left there).
+
+    >>> turn_word(350, 10, "absolute"), turn_word(350, 10, "relative")
+    ('north', 'slightly right')
+    """
+    if space == "absolute":
+        return COMPASS[round(heading / 45) % 8]
+    turn = 180 - (previous - heading + 180) % 360
+    side = "right" if turn > 0 else "left"
+    return f"slightly {side}" if abs(turn) <= 45 else side
+
+
+def mark_of(view: tuple | None) -> str:
+    """What is seen, in two characters: the landmark's letter and its bearing; a dot for nothing."""
+    return f"{chr(65 + view[0])}{view[1]}" if view else "."
+
+
+@dataclass
+class Navigation:
+    """Follow a route through a town in words: turn, walk on to the intersection with the landmark,
+    and so on (arXiv:2501.17161 app. B, text only).
+
+    An instruction names each turn both ways; the space of actions decides which counts. The paper
+    trains on absolute actions and tests on relative ones. All is seen at once; the split ignores
+    the space.
+    """
+
+    min_legs: int = 1
+    max_legs: int = 3
+    max_steps: int = 3  # forward moves of a leg
+    grain: int = 45  # headings are multiples of so many degrees
+    space: str = "absolute"
+    basics: float = 0.0  # share of easier training problems: one turn and stop, in either space
+
+    NATURAL = {"min_legs": 2, "max_legs": 6}
+
+    def __post_init__(self):
+        legs = 1 <= self.min_legs <= self.max_legs <= 20
+        if not legs or not 1 <= self.max_steps <= 100 or not 1 <= self.grain <= 180:
+            allowed = "1 <= min_legs <= max_legs <= 20, max_steps 1 to 100, grain 1 to 180"
+            raise BadInput(f"{self}: {allowed} are allowed")
+        if self.space not in ("absolute", "relative") or not 0 <= self.basics <= 1:
+            raise BadInput(f"{self}: space is absolute or relative, basics 0 to 1")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        """Each leg is heading, forward moves, landmark and its bearing at the end."""
+        rng = random.Random(f"navigation {split} {seed} {index}")
+        easy = split == "train" and rng.random() < self.basics
+        headings, steps = range(0, 360, self.grain), 0 if easy else self.max_steps
+        while True:
+            count = 1 if easy else rng.randint(self.min_legs, self.max_legs)
+            legs = []
+            for place in rng.sample(range(20), count):
+                heading, moves = rng.choice(headings), rng.randint(min(1, steps), steps)
+                legs.append([heading, moves, place, rng.randrange(8)])
+            problem = {"start": rng.choice(headings), "legs": legs}
+            problem["space"] = rng.choice(["absolute", "relative"]) if easy else self.space
+            if easy or split_of(self.key(problem)) == split:
+                return problem
+
+    def key(self, problem: dict) -> str:
+        return self.compact(problem)[1:]
+
+    def turns(self, problem: dict, space: str) -> list[str]:
+        """The turn at the beginning of each leg, in words."""
+        headings = [problem["start"], *(leg[0] for leg in problem["legs"])]
+        return [turn_word(*pair, space) for pair in itertools.pairwise(headings)]
+
+    def seen(self, problem: dict) -> list[list[tuple | None]]:
+        """Of each leg, the view after each move: nothing, but (landmark, bearing) at its end."""
+        views = []
+        for _, moves, place, bearing in problem["legs"]:
+            end = [(place, bearing)] if moves else []
+            views.append([None] * (moves - 1) + end)
+        return views
+
+    def actions(self, problem: dict) -> list[str]:
+        """The expert's actions, in full."""
+        actions = []
+        turns = self.turns(problem, problem["space"])
+        for turn, (_, moves, _, _) in zip(turns, problem["legs"], strict=True):
+            actions += [f"turn_direction({turn})", *["forward()"] * moves]
+        return [*actions, "stop()"]
+
+    def compact(self, problem: dict) -> str:
+        """The space, the instructions, and what is seen on the way.
+
+        >>> route = {"start": 0, "legs": [[90, 2, 1, 6], [0, 1, 5, 2]], "space": "relative"}
+        >>> Navigation().compact(route)
+        'R>>e B6;<<n F2|.B6F2<think>'
+        """
+        told, marks = [], ["".join(map(mark_of, views)) for views in self.seen(problem)]
+        relative, absolute = (self.turns(problem, space) for space in ("relative", "absolute"))
+        for turn, to, mark in zip(relative, absolute, marks, strict=True):
+            short = ACTIONS[f"turn_direction({turn})"] + ACTIONS[f"turn_direction({to})"]
+            told.append(f"{short} {mark.lstrip('.')}".rstrip())
+        return f"{problem['space'][0].upper()}{';'.join(told)}|{''.join(marks)}<think>"
+
+    def question(self, problem: dict) -> str:
+        lines, views = [], []
+        relative, absolute = (self.turns(problem, space) for space in ("relative", "absolute"))
+        legs = zip(relative, absolute, self.seen(problem), strict=True)
+        for number, (turn, to, seen) in enumerate(legs, 1):
+            lines.append(f"{'First' if number == 1 else 'Then'}, turn {turn} to face {to}.")
+            for view in seen:
+                mark = f"{LANDMARKS[view[0]]} is {BEARINGS[view[1]]}" if view else ""
+                views.append(f"{mark}; an intersection." if mark else "No landmarks nearby.")
+            if seen:
+                last = number == len(problem["legs"])
+                where = "the destination" if last else "the next intersection"
+                lines.append(f"Move forward until you reach {where}, where {mark}.")
+        space = ", ".join(TURNS if problem["space"] == "relative" else COMPASS)
+        return (
+            f"Follow the instructions: {' '.join(lines)} After each move forward you see, in this "
+            f"order: {' '.join(views) or 'nothing.'} Your actions are forward(), stop() and "
+            f"turn_direction(x), where x is one of {space}. {INSTRUCTION}, all actions in order: "
+            "<answer>turn_direction(x), forward(), stop()</answer>."
+        )
+
+    def said(self, text: str) -> list[str]:
+        """The actions of a completion's answer, in full; both forms count."""
+        answer = (extract_answer(text) or "")[:10_000]
+        words = re.findall(r"[a-z_]+\([a-z ]*\)|[^\s,;]+", answer)
+        return [IN_FULL.get(word, word) for word in words]
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score(text, extract_answer(text), self.said(text) == self.actions(problem), **kw)
+
+    def describe(self, text: str, problem: dict) -> dict:
+        """The share of the expert's actions at their place (the paper's per-step accuracy)."""
+        right = self.actions(problem)
+        return {"right_actions": sum(map(operator.eq, self.said(text), right)) / len(right)}
+
+    def trace(self, problem: dict, rng: random.Random) -> str:
+        """A line per leg, its actions and what is seen after each; then the actions."""
+        actions = [ACTIONS[action] for action in self.actions(problem)]
+        rest, lines = iter(actions), []
+        for views in self.seen(problem):
+            words = [next(rest)]
+            words += [next(rest) + mark_of(view) for view in views]
+            lines.append(" ".join(words) + "\n")
+        return f"{''.join(lines)}</think><answer>{' '.join(actions)}</answer>"
+
+
+# ---------------------------------------------------------------------------------- ProsQA
+
+
+@dataclass
+class ProsQA:
+    """Is a node of a random graph of concepts below one concept or below another?
+
+    The published constants do not give the released data; these do. `nodes` are drawn, those
+    without an edge go. Source: arXiv:2412.06769 app. A.2.
+    """
+
+    nodes: int = 28
+
+    MARKER = "### "
+    ENTITIES = (
+        "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren"
+    ).split()
+    CONCEPTS = [
+        syllable + "pus"
+        for syllable in (
+            "bom boom brim chor dum fel fom ger gor grim gwom hil im jel jom ker lem lor num quim "
+            "rem rom ror scrom shum ster stor ter tim tum vum wor wum yer yim yum zhor zum"
+        ).split()
+    ]
+
+    def __post_init__(self):
+        if not 10 <= self.nodes <= 36:
+            raise BadInput(f"{self}: 10 to 36 nodes are allowed, as many as there are names for")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        rng = random.Random(f"prosqa {split} {seed} {index}")
+        while True:  # nine graphs in ten will do, and one in ten is a test problem
+            problem = self.dress(self.graph(rng), rng)
+            if problem and split_of(self.key(problem)) == split:
+                return problem
+
+    def graph(self, rng: random.Random) -> dict:
+        """Labels and parents of a random graph.
+
+        Nodes 0 and 1 are the roots of two families (labels 1 and 2), which label 3 has in common
+        and label 0 is outside of. Nearly all parents of a node come from one family.
+        """
+        labels, depths, parents = [1, 2], [0, 0], [[], []]
+        for _ in range(2, self.nodes):
+            u, family = rng.random(), 0
+            if u <= 0.8:
+                family = 1 if u <= 0.35 else 2
+            pool = [i for i, label in enumerate(labels) if not family or label == family]
+            chosen = []
+            for _ in range(min(poisson(1.5, rng), len(pool))):  # the deeper the likelier
+                chosen += rng.choices(pool, [1.5 * depths[i] + 1 for i in pool])
+                pool.remove(chosen[-1])
+            parents.append(sorted(chosen))
+            labels.append(functools.reduce(operator.or_, (labels[i] for i in chosen), 0))
+            depths.append(1 + min(depths[i] for i in chosen) if chosen else 0)
+        return {"labels": labels, "parents": parents}
+
+    def dress(self, graph: dict, rng: random.Random) -> dict | None:
+        """A question about a graph: a root, a deepest leaf below it, a leaf of the other family."""
+        labels, children = graph["labels"], [[] for _ in graph["labels"]]
+        for child, parents in enumerate(graph["parents"]):
+            for parent in parents:
+                children[parent].append(child)
+        distance = distances(children, 0)
+        distance |= {i: d for i, d in distances(children, 1).items() if labels[i] == 2}
+        leaves = [i for i in range(2, len(labels)) if labels[i] in (1, 2) and not children[i]]
+        deepest = max((distance[i] for i in leaves), default=0)
+        if deepest < 3 or len({labels[i] for i in leaves}) < 2:
+            return None
+        target = rng.choice([i for i in leaves if distance[i] == deepest])
+        other = rng.choice([i for i in leaves if labels[i] != labels[target]])
+        kept = [i for i, below in enumerate(children) if below or graph["parents"][i]]
+        entities = rng.sample(self.ENTITIES, len(self.ENTITIES))
+        concepts = rng.sample(self.CONCEPTS, len(self.CONCEPTS))
+        names = {i: (concepts if graph["parents"][i] else entities).pop() for i in kept}
+        edges = [[names[p], names[i]] for i in kept for p in graph["parents"][i]]
+        return {
+            "edges": edges,
+            "order": rng.sample(range(len(edges)), len(edges)),  # of the sentences
+            "roots": [names[0], names[1]],
+            "root": names[labels[target] - 1],
+            "target": names[target],
+            "other": names[other],
+            "path": rng.random(),  # which of the shortest paths
+            "swap": rng.random() < 0.5,
+        }
+
+    def sentence(self, parent: str, child: str) -> str:
+        if parent in self.ENTITIES:
+            return f"{parent} is a {child}."
+        return f"Every {parent} is a {child}."
+
+    def key(self, problem: dict) -> str:
+        edges = sorted("-".join(edge) for edge in problem["edges"])
+        return f"{problem['root']} {sorted((problem['target'], problem['other']))} {edges}"
+
+    def question(self, problem: dict) -> str:
+        facts = " ".join(self.sentence(*problem["edges"][i]) for i in problem["order"])
+        first, second = problem["target"], problem["other"]
+        if problem["swap"]:
+            first, second = second, first
+        return f"{facts} Is {problem['root']} a {first} or {second}?"
+
+    def steps(self, problem: dict) -> list[str]:
+        """One of the shortest paths from the root to the target, an edge a step."""
+        edges, paths, found = problem["edges"], [[problem["root"]]], []
+        while not found:
+            paths = [[*path, child] for path in paths for node, child in edges if node == path[-1]]
+            found = [path for path in paths if path[-1] == problem["target"]]
+        path = found[int(problem["path"] * len(found))]
+        return [self.sentence(*edge) for edge in itertools.pairwise(path)]
+
+    def answer(self, problem: dict) -> str:
+        return f"{problem['root']} is a {problem['target']}."
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_last_line(text, self.answer(problem), **kw)
+
+
+def poisson(mean: float, rng: random.Random) -> int:
+    """A Poisson number: how many uniform factors keep the product above e^-mean (Knuth)."""
+    count, product = 0, rng.random()
+    while product > math.exp(-mean):
+        count, product = count + 1, product * rng.random()
+    return count
+
+
+def distances(children: list[list[int]], root: int) -> dict[int, int]:
+    """Steps from the root to each node that can be reached."""
+    found, frontier = {root: 0}, [root]
+    for node in frontier:  # it grows while it is read: breadth first
+        for child in children[node]:
+            if child not in found:
+                found[child] = found[node] + 1
+                frontier.append(child)
+    return found
+
+
+# ------------------------------------------------------------------------ steps from a file
+
+
+@dataclass
+class Chains(GSM8K):
+    """Problems with steps from a file, `test` from another one, else a tenth of the file.
+
+    Read are ProsQA's JSON (a list of {"question", "steps", "answer"}) and the same as JSONL,
+    ProntoQA's JSON, and the lines of GSM8K-Aug, question||step step ...#### answer.
+    """
+
+    test: str = ""
+
+    MARKER = "### "
+
+    def __post_init__(self):
+        self.streams = {"train": [], "test": read_chains(self.test) if self.test else []}
+        for problem in read_chains(self.data):
+            split = "train" if self.test else split_of(self.key(problem))
+            self.streams[split].append(problem)
+
+    def question(self, problem: dict) -> str:
+        return problem["question"]
+
+    def steps(self, problem: dict) -> list[str]:
+        return problem["steps"]
+
+    def answer(self, problem: dict) -> str:
+        return problem["answer"]
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_last_line(text, problem["answer"], **kw)
+
+
+def read_chains(path: str) -> list[dict]:
+    """{"question", "steps", "answer"} of each problem in a file.
+
+    BadInput names the file and the item or line.
+    """
+    if not path:
+        raise BadInput("Chains reads a file: give --data FILE, or the knob data=FILE")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read the data file {path}: {error}") from None
+    chains = []
+    for where, item in items_of(text):
+        try:
+            chains.append(read_chain(item))
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path}, {where}: {error}: {str(item)[:40]!r}") from None
+    if not chains:
+        raise BadInput(f"{path} is empty; it must hold problems with question, steps and answer")
+    return chains
+
+
+def items_of(text: str) -> list[tuple[str, object]]:
+    """The problems of a file, each with its place: items of one JSON value, else lines."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        lines = enumerate(text.split("\n"), 1)
+        return [(f"line {number}", line) for number, line in lines if line.strip()]
+    if isinstance(whole, dict) and "question" not in whole:  # by name, as ProntoQA's
+        return [(f"item {name}", item) for name, item in whole.items()]
+    items = whole if isinstance(whole, list) else [whole]
+    return [(f"item {number}", item) for number, item in enumerate(items, 1)]
+
+
+def read_chain(item: str | dict) -> dict:
+    """One problem of `read_chains`.
+
+    >>> read_chain("2 and 3?||<<2+3=5>> <<5*2=10>> #### 10")
+    {'question': '2 and 3?', 'steps': ['<<2+3=5>>', '<<5*2=10>>'], 'answer': '10'}
+    """
+    if isinstance(item, str) and item.lstrip().startswith("{"):
+        item = json.loads(item)
+    elif isinstance(item, str):  # GSM8K-Aug
+        question, _, rest = item.partition("||")
+        steps, _, answer = rest.partition("##")
+        answer = answer.lstrip("#").strip()
+        item = {"question": question.strip(), "steps": steps.split(), "answer": answer}
+    if isinstance(item, dict) and isinstance(item.get("test_example"), dict):
+        item = from_prontoqa(item["test_example"])
+    if not isinstance(item, dict) or not strings(item.get("steps")):
+        raise BadInput('"steps" must be a list of texts')
+    for name in ("question", "answer"):
+        if not isinstance(item.get(name), (str, int, float)) or not str(item[name]).strip():
+            raise BadInput(f'field "{name}" is missing or empty')
+    question, answer = str(item["question"]), str(item["answer"])
+    return {"question": question, "steps": item["steps"], "answer": answer}
+
+
+def from_prontoqa(item: dict) -> dict:
+    """An example of ProntoQA with "question" and "steps" as we have them: two sentences a step."""
+    thought, question = item.get("chain_of_thought"), [item.get("question"), item.get("query")]
+    steps = None
+    if strings(thought):
+        steps = [" ".join(thought[i : i + 2]) for i in range(0, len(thought), 2)]
+    return item | {"question": " ".join(question) if strings(question) else None, "steps": steps}
+
+
+def strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+# ----------------------------------------------------------------- countdown in two notations
+
+
+@dataclass
+class Notations(Countdown):
+    """Countdown whose traces write some tries in a second notation, 7x3e21 for 7*3=21.
+
+    It stands for the mixed languages of R1-Zero, and `consistency` for R1's remedy: a reward for
+    the share of the tries in the first notation, added to the score (arXiv:2501.12948 sec. 2.3.2).
+    """
+
+    worded: float = 0.5  # share of the tries that traces write in the second notation
+    consistency: float = 0.0  # weight of that reward
+
+    SIGNS = str.maketrans("+-*/=", "pmxde")
+    BACK = str.maketrans("pmxde", "+-*/=")
+
+    def trace(self, problem: dict, rng: random.Random) -> str:
+        thought, *end = super().trace(problem, rng).partition("</think>")
+        lines = []
+        for line in thought.splitlines(keepends=True):
+            lines.append(line.translate(self.SIGNS) if rng.random() < self.worded else line)
+        return "".join(lines + end)
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        parts, seen = super().score(text, problem, **kw), self.describe(text, problem)
+        parts["total"] += self.consistency * seen["first_notation"]
+        return parts | {"mixed": seen["mixed"]}
+
+    def describe(self, text: str, problem: dict) -> dict:
+        """Also the share of the first notation among the tries, and whether both occur."""
+        thought, *end = text.partition("</think>")
+        tries = [line for line in thought.split("\n") if re.search("[=e]", line)]
+        worded = [re.search("[pmxde]", line) is not None for line in tries]
+        seen = super().describe("".join([thought.translate(self.BACK), *end]), problem)
+        seen["first_notation"] = 1 - sum(worded) / max(1, len(worded))
+        seen["mixed"] = len(set(worded)) == 2
+        return seen
