@@ -56,6 +56,7 @@ EXPERIMENTS = results.all_results()
 
 # what a reader fills in, or a shell; forks stand for the script that they are copied from
 STAND_INS = {r"\bS\b": "7", r"--mode M\b": "--mode nsr", r"\bCHECKPOINT\b": "tiny", r"\$\(last [^)]*\)": "tiny"}
+STAND_INS |= {r"mine\.py:Digits\S*": "countdown"}  # test_bring_your_own_task runs it
 STAND_INS |= {r"--perturb \$rule": "--perturb shuffle:0.67", r"--select \$rule": "--select random"}
 STAND_INS |= {r"--loss_on \$part": "--loss_on answer", r"--mode \$m": "--mode psr", r"\bmedian\.py\b": "grpo.py"}
 
@@ -127,7 +128,7 @@ def test_files_exist():
     for where, text in (TEXTS | DOCSTRINGS).items():
         plain = re.sub(r"\bout/\S+|https?://\S+|\bstep-\S+", "", text or "")
         names = set(re.findall(r"(?<![\w/*.-])(?:docs|tests|models|more|\.ci)/[\w./-]*\w", plain))
-        names |= set(re.findall(r"(?<![\w/.-])[a-z_0-9]+\.py\b", plain)) - {"median.py"}
+        names |= set(re.findall(r"(?<![\w/.-])[a-z_0-9]+\.py\b", plain)) - {"median.py", "mine.py"}
         for name in names:
             places = [ROOT, ROOT / "tests", ROOT / "docs"]
             assert any((folder / name).exists() for folder in places), f"{where} names {name}"
@@ -164,6 +165,26 @@ def test_functions_of_the_map_exist():
 def test_the_line_that_the_fork_changes_is_there():
     (line,) = re.findall(r"^    -( +\S.*)$", README, re.MULTILINE)
     assert (ROOT / "grpo.py").read_text(encoding="utf-8").count(line + "\n") == 1
+
+
+def test_bring_your_own_task(run, cwd):
+    """The class of the README by hand, and in a step of the command."""
+    (section,) = re.findall(r"^## Bring your own task.*?(?=^## )", README, re.M | re.S)
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    (spec,) = re.findall(r"python grpo\.py .*--task (mine\S+)$", section, re.M)
+    (cwd / "mine.py").write_text(code)
+    task = rewards.make_task(spec)
+    problems = {split: [task.problem(split, 0, i) for i in range(50)] for split in ("train", "test")}
+    assert not {p["number"] for p in problems["train"]} & {p["number"] for p in problems["test"]}
+    good, problem = "it is 2</think> <answer>2</answer>", {"number": "313200900", "digit": "3"}
+    assert task.score(good, problem) == {"format": 1.0, "answer": "2", "correct": True, "total": 1.1}
+    assert task.score(good, problem | {"digit": "9"})["total"] == 0.1 and "313200900" in task.question(problem)
+    done = run("grpo", f"--task {spec} --steps 1")
+    assert done.code == 2 and "compact" in done.err  # as the README says
+    compact = "\n    def compact(self, problem):\n        return f\"{problem['number']}?{problem['digit']}<think>\"\n"
+    (cwd / "mine.py").write_text(code + compact)
+    done = run("grpo", f"--task {spec} --steps 1")
+    assert done.code == 0 and "verifier failed" not in done.err and (*cwd.glob("out/grpo-Digits-0-*/step-000001"),)
 
 
 # ----------------------------------------------------------------------------------------------------- metrics
