@@ -67,7 +67,6 @@ from rewards import (
     ASSISTANT_PREFIX,
     BadInput,
     Completion,
-    canonical_expression,
     describe_evaluation,
     heldout,
     in_groups,
@@ -381,11 +380,8 @@ def complete(
                 raise FloatingPointError("logits are not finite")
             text, tokens, record = row.text(), row.ids[row.start :], row.record()
             score = prompter.task.score(text, p)
-            key = score["answer"]
-            if "numbers" in p:  # equal expressions have many spellings
-                key = canonical_expression(key or "")
             about = {"number": n, "sample": sample, "correct": bool(score["correct"])}
-            records.append(about | {"answer": key} | record)
+            records.append(about | {"answer": score["answer"]} | record)
             done.append(Completion(n, p, ids, tokens, logprobs, record["answered"], text, score))
     records = sorted(sum(run.gather(records), []), key=itemgetter("number", "sample"))
     return records, sorted(sum(run.gather(done), []), key=attrgetter("number"))

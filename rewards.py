@@ -425,24 +425,6 @@ def describe_evaluation(done: list, k: int, task) -> dict[str, float]:
     return metrics
 
 
-def compare(records: list[dict]) -> dict[str, float]:
-    """Means of each way to answer; gap and speed-up against the base, problem by problem."""
-    metrics: dict[str, float] = {}
-    for way in dict.fromkeys(name for record in records for name in record):
-        both = [(record[way], record["base"]) for record in records if way in record]
-        rows = [row for row, _ in both]
-        gaps = [row["accuracy"] - base["accuracy"] for row, base in both]
-        m = {name: mean(row[name] for row in rows) for name in rows[0] if name != "marks"}
-        m["accuracy_se"] = math.sqrt(m["accuracy"] * (1 - m["accuracy"]) / len(rows))
-        m["gap"] = mean(gaps)
-        m["gap_se"] = stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
-        m["speedup"] = mean(base["seconds"] for _, base in both) / m["seconds"]
-        m["acceptance"] = m["accepted"] / (m["drafted"] or 1)
-        m["alpha"] = m["passed"] / (m["tested"] or 1)
-        metrics |= {f"eval/{name}/{way}": value for name, value in m.items()}
-    return metrics
-
-
 # ------------------------------------------------------------------------------------------------- tasks
 # A task is a class, here or in a file of yours (`--task FILE.py:Class`, README.md has an example):
 #   problem(split, seed, index)   the index-th problem of an endless stream, a pure function of its
@@ -533,6 +515,14 @@ def countdown_attempts(numbers: tuple[int, ...], operators: str, limit: int) -> 
     return sorted(attempts)
 
 
+def try_line(value: int, chain: str, target: int) -> str:
+    """A line of a trace: an expression, worked out in steps, and compared with the target."""
+    sign = "="
+    if value != target:
+        sign = "<" if value < target else ">"
+    return f"{chain}{sign}{target}\n"
+
+
 @dataclass
 class Countdown:
     """Reach the target with all the numbers, each used once (TinyZero; the traces: arXiv:2404.03683)."""
@@ -605,25 +595,9 @@ class Countdown:
         else:  # most of them are seen from shortly before their end
             wrong = rng.randint(0, 1) if rng.random() < 0.75 else 29
             tries = attempts[max(0, hit - wrong) : hit + 1]
-        lines = [f"{text}{'>=<'[(v <= target) + (v < target)]}{target}\n" for v, _, text in tries]
+        lines = [try_line(value, chain, target) for value, _, chain in tries]
         lines[1:] = [("wait" if rng.random() < 0.25 else "") + line for line in lines[1:]]
         return "".join(lines) + f"</think><answer>{tries[-1][2].partition('=')[0]}</answer>"
-
-    def grade_step(self, problem: dict, before: str, step: str) -> int:
-        """0 to 9 for the next line of a search, by a solver that knows the answer: 9 right, 5 right but tried before, 0
-        not a try of these numbers, wrongly worked out or compared, or a wrong answer. before: the lines above it.
-
-        >>> problem = {"numbers": [2, 3], "target": 6}
-        >>> [Countdown().grade_step(problem, "3-2=1<6\\n", step) for step in ("2+3=5<6\\n", "3-2=1<6\\n", "2*3=5<6\\n")]
-        [9, 5, 0]
-        """
-        if "</think>" in step:
-            return 9 * self.score(before + step, problem)["correct"]
-        attempts = countdown_attempts(tuple(sorted(problem["numbers"])), self.operators, 99)
-        target, line = problem["target"], step.removeprefix("wait")
-        right = any(line == f"{text}{'>=<'[(v <= target) + (v < target)]}{target}\n" for v, _, text in attempts)
-        known = [old.removeprefix("wait") for old in before.split("\n")]
-        return right * (5 if line.removesuffix("\n") in known else 9)
 
     def describe(self, text: str, problem: dict) -> dict:
         """What the completion did: tries, different ones, whether it stopped on a marked miss."""
@@ -1107,31 +1081,6 @@ def evaluate(postfix: list[str], operations: dict[str, Callable], atom: Callable
         else:
             stack.append(atom(token))
     return stack.pop()
-
-
-def canonical_expression(text: str) -> str | None:
-    """A key that expressions share which differ only in the order and grouping of sums and products; None for what
-    `parse_expression` refuses. On countdown a vote over spellings would mean nothing: each answer has many.
-
-    >>> canonical_expression("7-(5-2)*1") == canonical_expression("7 + 1*(2-5)"), canonical_expression("7+")
-    (False, None)
-    >>> canonical_expression("(7+2)-5") == canonical_expression("7-(5-2)")
-    True
-    """
-
-    def parts(kind: str, node: tuple, sign: int) -> list[tuple]:
-        return [(sign * s, n) for s, n in node[1]] if node[0] == kind else [(sign, node)]
-
-    def joined(kind: str, sign: int) -> Callable[[tuple, tuple], tuple]:
-        return lambda a, b: (kind, sorted(parts(kind, a, 1) + parts(kind, b, sign), key=repr))
-
-    operations = {"+": joined("+", 1), "-": joined("+", -1), "*": joined("*", 1), "/": joined("*", -1)}
-    operations |= {"pos": lambda a: a, "neg": lambda a: ("+", sorted(parts("+", a, -1), key=repr))}
-    try:
-        parse_expression(text)
-    except ValueError:
-        return None
-    return repr(evaluate(to_postfix(re.findall(r"[0-9]+|[-+*/()]", text)), operations, lambda n: ("n", n)))
 
 
 def small_power(base: Fraction, exponent: Fraction) -> Fraction:

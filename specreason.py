@@ -49,6 +49,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from statistics import stdev
 from typing import Literal, get_args
 
 import numpy as np
@@ -64,11 +65,11 @@ from rewards import (
     ASSISTANT_PREFIX,
     BadInput,
     Completion,
-    compare,
     describe_evaluation,
     heldout,
     in_groups,
     make_task,
+    mean,
     prompt,
     read_json,
     reading,
@@ -420,6 +421,32 @@ def count(done: Completion, steps: list[Step], rounds: list) -> dict:
         "passed": sum(kept for _, kept in rounds),
         "tested": sum(min(n, kept + 1) for n, kept in rounds),  # up to the refusal
     }
+
+
+def compare(records: list[dict]) -> dict[str, float]:
+    """Means of each way to answer; gap and speed-up against the base, problem by problem."""
+    metrics: dict[str, float] = {}
+    for way in dict.fromkeys(name for record in records for name in record):
+        answered = [record for record in records if way in record]
+        rows = [record[way] for record in answered]
+        alone = [record["base"] for record in answered]
+        pairs = zip(rows, alone, strict=True)
+        gaps = [row["accuracy"] - base["accuracy"] for row, base in pairs]
+        m = {}
+        for name in rows[0]:
+            if name != "marks":
+                m[name] = mean(row[name] for row in rows)
+        variance = m["accuracy"] * (1 - m["accuracy"])
+        m["accuracy_se"] = math.sqrt(variance / len(rows))
+        m["gap"], m["gap_se"] = mean(gaps), 0.0
+        if len(gaps) > 1:
+            m["gap_se"] = stdev(gaps) / math.sqrt(len(gaps))
+        m["speedup"] = mean(row["seconds"] for row in alone) / m["seconds"]
+        m["acceptance"] = m["accepted"] / (m["drafted"] or 1)
+        m["alpha"] = m["passed"] / (m["tested"] or 1)
+        for name, value in m.items():
+            metrics[f"eval/{name}/{way}"] = value
+    return metrics
 
 
 def solve(cfg: Config, kind: type = Pair) -> int:

@@ -539,13 +539,13 @@ def test_the_text_that_opens_the_thinking(small, cwd, capfd):
 
 def test_canonical_expressions():
     same = ["(7+5)*1-2", "1*(5+7)-2", "(7+5-2/1)", "-2+(5+7)*1"]
-    keys = [rewards.canonical_expression(text) for text in same]
+    keys = [tool.canonical_expression(text) for text in same]
     assert keys[0] == keys[1] == keys[3] != keys[2]
     pairs = [("8/(2*3)", "8/3/2", True), ("8-2-3", "8-(3+2)", True), ("8-2", "2-8", False)]
     for one, other, equal in pairs:
-        keys = [rewards.canonical_expression(text) for text in (one, other)]
+        keys = [tool.canonical_expression(text) for text in (one, other)]
         assert (keys[0] == keys[1]) == equal
-    assert rewards.canonical_expression("1/0") is rewards.canonical_expression("7*") is None
+    assert tool.canonical_expression("1/0") is tool.canonical_expression("7*") is None
 
 
 SMOLLM2 = os.environ.get("SMOLLM2", "")

@@ -402,7 +402,6 @@ SCORERS = {
 JUDGES = SCORERS | {
     "last line": lambda text: rewards.score_last_line(text, "gold"),
     "math, a root": lambda text: rewards.score_math(text, r"\\sqrt{2}+x"),
-    "votes": lambda text: {"correct": rewards.canonical_expression(text) == "", "format": 0.0},
     "countdown's tries": lambda text: rewards.Countdown().describe(text, COUNTDOWN) and WRONG,
     "words": lambda text: rewards.language_consistency(text) + rewards.reflection_count(text) < 0 or WRONG,
 }

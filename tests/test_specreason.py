@@ -411,7 +411,7 @@ def test_nucleus_and_temperature_shape_both_distributions():
 
 def test_oracle_grades():
     task, problem = rewards.make_task("countdown"), {"numbers": [7, 1, 5], "target": 2}
-    grade = lambda step, before="": task.grade_step(problem, before, step)  # noqa: E731
+    grade = lambda step, before="": tool.grade_step(task, problem, before, step)  # noqa: E731
     assert grade("7+5*1=7+5=12>2\n") == 9 and grade("7+5*1=7+5=13>2\n") == 0 and grade("7+5*1=7+5=12<2\n") == 0
     assert grade("wait7+5*1=7+5=12>2\n", "7+5*1=7+5=12>2\n") == 5 and grade("7+7*1=7+7=14>2\n") == 0
     assert grade("</think><answer>7-5*1</answer>") == 9 and grade("</think><answer>7+5*1</answer>") == 0
@@ -456,7 +456,7 @@ def test_the_digit_is_that_of_a_plain_pass_and_leaves_no_trace():
 
 
 def test_docstring_examples():
-    assert doctest.testmod(tool) == (0, 2)
+    assert doctest.testmod(tool) == (0, 5)
 
 
 def test_calibration():

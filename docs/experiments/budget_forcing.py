@@ -23,7 +23,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this folder has a file of that name
 import budget_forcing as bf  # noqa: E402
-from rewards import BadInput, heldout, in_groups, make_task  # noqa: E402
+from rewards import (  # noqa: E402
+    BadInput,
+    evaluate,
+    expression_tokens,
+    heldout,
+    in_groups,
+    make_task,
+    parse_expression,
+    to_postfix,
+)
 
 
 @dataclass
@@ -94,6 +103,46 @@ def pooled(side: str, k: int, natural: list[dict], samples: int) -> list[dict]:
     return records
 
 
+def canonical_expression(text: str) -> str | None:
+    """A key that expressions share which differ only in order and grouping of sums and products.
+
+    None for what `parse_expression` refuses. On countdown a vote over spellings would mean nothing:
+    each answer has many.
+
+    >>> canonical_expression("(7+2)-5") == canonical_expression("7-(5-2)")
+    True
+    >>> canonical_expression("7-(5-2)*1") == canonical_expression("7 + 1*(2-5)")
+    False
+    """
+
+    def parts(kind: str, node: tuple, sign: int) -> list[tuple]:
+        """The terms of a sum, or the factors of a product, each with its sign or exponent."""
+        return [(sign * s, n) for s, n in node[1]] if node[0] == kind else [(sign, node)]
+
+    def joined(kind: str, sign: int):
+        def join(a: tuple, b: tuple) -> tuple:
+            return kind, sorted(parts(kind, a, 1) + parts(kind, b, sign), key=repr)
+
+        return join
+
+    def negated(a: tuple) -> tuple:
+        return "+", sorted(parts("+", a, -1), key=repr)
+
+    def itself(a: tuple) -> tuple:
+        return a
+
+    def numeral(token: str) -> tuple:
+        return "n", token
+
+    operations = {"+": joined("+", 1), "-": joined("+", -1), "pos": itself, "neg": negated}
+    operations |= {"*": joined("*", 1), "/": joined("*", -1)}
+    try:
+        parse_expression(text)
+    except ValueError:
+        return None
+    return repr(evaluate(to_postfix(expression_tokens(text)), operations, numeral))
+
+
 # --------------------------------------------------------------- other sampling
 
 
@@ -135,17 +184,19 @@ class Asking:
 
 def complete(run, model, prompter, side: str, value: int, limits: dict, asked: list) -> tuple:
     """Records and completions of one setting."""
-    cfg, limits = run.cfg, dict(limits)
+    cfg, limits, kind = run.cfg, dict(limits), bf.Row
     if side == "prompt":
         prompter = bf.Prompter(model, Asking(prompter.task, value), cfg.chat)
-    if side != "reject":
-        rules = bf.make_rules(cfg, prompter, model, **limits)
-        return bf.complete(run, model, prompter, rules, asked)
-    tries = limits.pop("tries")
+    tries = limits.pop("tries", 0)
     rules = bf.make_rules(cfg, prompter, model, **limits)
-    rules.tries = tries
-    rules.room += tries * (rules.max_thinking + 1)  # random numbers of all tries
-    return bf.complete(run, model, prompter, rules, asked, Rejected)
+    if side == "reject":
+        kind, rules.tries = Rejected, tries
+        rules.room += tries * (rules.max_thinking + 1)  # random numbers of all tries
+    records, done = bf.complete(run, model, prompter, rules, asked, kind)
+    for record in records:
+        if "numbers" in asked[0][2]:  # countdown
+            record["answer"] = canonical_expression(record["answer"] or "")
+    return records, done
 
 
 def solve(cfg: Config) -> int:

@@ -50,7 +50,16 @@ import torch
 from torch import nn
 
 import specreason
-from rewards import BadInput, make_task, mean, read_json, read_jsonl
+from rewards import (
+    BadInput,
+    Countdown,
+    countdown_attempts,
+    make_task,
+    mean,
+    read_json,
+    read_jsonl,
+    try_line,
+)
 from specreason import Pair, Reader, checkpoints, compare, main, option, solve, write
 
 
@@ -109,7 +118,7 @@ class Experiment(Pair):
         for threshold in self.thresholds:
             ways[f"threshold {threshold:g}"] = judged | {"threshold": threshold}
         ways["hierarchical"] = judged | {"gamma": self.cfg.gamma}
-        if hasattr(self.prompter.task, "grade_step"):
+        if isinstance(self.prompter.task, Countdown):
             ways["oracle"] = judged | {"score": self.oracle, "threshold": 1.0}
         return ways
 
@@ -120,7 +129,7 @@ class Experiment(Pair):
         if score == self.points:
             self.share = record["accepted"] / max(1, record["drafted"])
             text, marks = list(self.given), []
-            for step in steps if hasattr(self.prompter.task, "grade_step") else []:
+            for step in steps if isinstance(self.prompter.task, Countdown) else []:
                 if step.score is not None:
                     cut = len(text) + len(step.drafted) == len(self.given) + self.cfg.max_new_tokens
                     right = None if cut else self.grade(text, step.drafted) > 0  # half a line
@@ -139,11 +148,32 @@ class Experiment(Pair):
         """0 to 9 for a step, by a solver that knows the answer."""
         before = text[len(self.given) :]
         texts = [self.prompter.decode([i for i in t if i not in self.eos]) for t in (before, step)]
-        return self.prompter.task.grade_step(self.problem, *texts)
+        return grade_step(self.prompter.task, self.problem, *texts)
 
 
 def always(base, text, step) -> float:
     return 9.0
+
+
+def grade_step(task: Countdown, problem: dict, before: str, step: str) -> int:
+    """0 to 9 for the next line of a search, by a solver that knows the answer.
+
+    9: right; 5: right, but tried before; 0: not a try of these numbers, wrongly worked out or
+    compared, or a wrong answer. before: the lines above it.
+
+    >>> problem = {"numbers": [2, 3], "target": 6}
+    >>> steps = "2+3=5<6\\n", "3-2=1<6\\n", "2*3=5<6\\n"
+    >>> [grade_step(Countdown(), problem, "3-2=1<6\\n", step) for step in steps]
+    [9, 5, 0]
+    """
+    if "</think>" in step:
+        return 9 if task.score(before + step, problem)["correct"] else 0
+    target, line = problem["target"], step.removeprefix("wait")
+    attempts = countdown_attempts(tuple(sorted(problem["numbers"])), task.operators, 99)
+    if line not in [try_line(value, chain, target) for value, _, chain in attempts]:
+        return 0
+    known = [old.removeprefix("wait") + "\n" for old in before.split("\n")]
+    return 5 if line in known else 9
 
 
 @torch.inference_mode()
@@ -289,7 +319,7 @@ def graded_steps(answers: str, path: str, seed: int) -> None:
         for step in answer["completion"].splitlines(keepends=True):
             before = "".join(kept[rng.randint(0, len(kept)) :])
             end = "<eos>" if "</answer>" in step else ""
-            grade = task.grade_step(problem, before, step)
+            grade = grade_step(task, problem, before, step)
             asked = f"{answer['prompt']}{before}{step}{end}<score>"
             rows.append({"prompt": asked, "completion": str(grade)})
             if grade > 0:
