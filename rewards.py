@@ -1,22 +1,17 @@
-"""Tasks, verifiers, shaped rewards: text and arithmetic, the one module that scripts share.
+"""Verifiers, shaped rewards and tasks: text and arithmetic, the one module that scripts share.
 
-A task poses problems and writes prompts, a scorer says what a sampled text is worth, the rest are formulas of
-papers. The reward of a completion is rule based (arXiv:2501.12948 sec. 2.2), with a small weight on layout:
+The reward of a completion is rule based (arXiv:2501.12948 sec. 2.2), with a small weight on layout:
 
     total = correct + 0.1 * format                                  (eq. 1)
 
-*format* is strict: one <think> block, white space, one non-empty <answer> block, the end. *correct* is
-lenient about layout and exact about value: the last complete <answer> block after the last </think> counts.
-Prompts end in <think>, so a completion starts inside the thinking block.
+*format* is strict: one <think> block, white space, one non-empty <answer> block, the end. *correct*
+is lenient about layout and exact about value: the last complete <answer> block after the last
+</think> counts. Prompts end in <think>, so a completion starts inside the thinking block.
 
-Model text is hostile input: it is optimised against these functions. Neither Python nor sympy's parsers
-evaluate it: a tokenizer per grammar and one shunting-yard make postfix lists of it, limits on length and
-size come first, and only the symbolic stage of `math_equal` (x^2-1 against (x-1)(x+1)) leaves this process:
-it asks a child that ends when it is late, so that no answer takes two seconds.
-
-Sources: TinyZero, GRPO-Zero, nano-aha-moment for tasks; arXiv:2502.03373 for cosine and repetition rewards;
-DAPO arXiv:2503.14476 eq. 13; oat-zero and understand-r1-zero for keyword lists; arXiv:2107.03374 for pass@k;
-arXiv:2501.17161 for cards and navigation, 2505.13718 for knights.
+Model text is hostile input: it is optimised against these functions. Neither Python nor sympy's
+parsers evaluate it: a tokenizer per grammar and one shunting-yard make postfix lists of it, limits
+on length and size come first, and only the symbolic stage of `math_equal` (x^2-1 against
+(x-1)(x+1)) leaves this process: it asks a child that ends when it is late.
 """
 
 import faulthandler
@@ -53,7 +48,7 @@ MODELS = Path(__file__).resolve().parent / "models"  # the tiny models that defa
 
 
 class BadInput(ValueError):
-    """Something that the user gave is wrong; the message is one line: what, the value seen, what to do."""
+    """Something that the user gave is wrong; the message is one line: what, and what to do."""
 
 
 UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
@@ -63,13 +58,7 @@ ANYTHING = Exception, SystemExit  # what a user's file can raise while it is exe
 
 @contextmanager
 def reading(what: object, errors: tuple = UNREADABLE) -> Iterator[None]:
-    """Where a library reads what the user gave: its error becomes one line of BadInput.
-
-    >>> with reading("--lr"):
-    ...     float("fast")
-    Traceback (most recent call last):
-    rewards.BadInput: --lr: could not convert string to float: 'fast'
-    """
+    """Where a library reads what the user gave: its error becomes one line, `what` and the text."""
     try:
         yield
     except errors as error:
@@ -87,11 +76,7 @@ def read_json(path: Path) -> dict:
 
 
 def resolve_model(name: str) -> Path:
-    """The folder of a model: a folder, one of models/, or from the hub, by owner/name or the name of a Qwen or SmolLM.
-
-    >>> resolve_model("tiny") == MODELS / "tiny"
-    True
-    """
+    """The folder of a model: itself, one of models/, or from the hub (OWNER/NAME, Qwen, SmolLM)."""
     for folder in (Path(name).expanduser(), MODELS / name):
         if folder.is_dir():
             return folder
@@ -216,45 +201,39 @@ PLAIN_NUMBER = (  # at most 40 digits each; what follows may not hold another di
 )
 
 
-# ----------------------------------------------------------------------------- shaped rewards and metrics
+# -------------------------------------------------------------------- shaped rewards and metrics
 
 
 def cosine_reward(
-    length: int, correct: bool, r0c: float, rLc: float, r0w: float, rLw: float, r_exceed: float,
-    max_length: int, margin: int = 0,
-) -> float:  # fmt: skip
-    """Reward that slides from r0 (at length 0) to rL (at max_length) along half a cosine; r_exceed there.
+    length: int, correct: bool, r0c: float, rLc: float, r0w: float, rLw: float,
+    r_exceed: float, max_length: int, margin: int = 0,
+) -> float:
+    """Reward along half a cosine, from r0 at length 0 to rL at max_length; r_exceed there.
 
-    c: correct, w: wrong. Source: arXiv:2502.03373 sec. 4.2 (App. C.1 prints the arguments in the other order,
-    which would reverse the curve). Paper: margin 0; its code: 16.
-
-    >>> [cosine_reward(n, False, 2, 1, -10, 0, -10, max_length=100) for n in (0, 50, 100)]
-    [-10.0, -5.0, -10]
+    c: correct, w: wrong. Source: arXiv:2502.03373 sec. 4.2 (App. C.1 prints the arguments in the
+    other order, which would reverse the curve). Paper: margin 0; its code: 16.
     """
-    if length + margin >= max_length:  # tested before correctness: a right answer at the limit gets it too
+    if length + margin >= max_length:  # before correctness: a right answer at the limit gets it too
         return r_exceed
     start, end = (r0c, rLc) if correct else (r0w, rLw)
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * length / max_length))
 
 
 def classic_reward(
-    length: int, correct: bool, max_length: int, correct_value: float = 1.0, wrong_value: float = 0.0,
-    r_exceed: float | None = None, margin: int = 0,
-) -> float:  # fmt: skip
-    """Two values, and a third at the length limit unless it is None. Source: arXiv:2502.03373 sec. 4.1."""
+    length: int, correct: bool, max_length: int, correct_value: float = 1.0,
+    wrong_value: float = 0.0, r_exceed: float | None = None, margin: int = 0,
+) -> float:
+    """Two values, and a third at the length limit unless that is None (2502.03373 sec. 4.1)."""
     if r_exceed is not None and length + margin >= max_length:
         return r_exceed
     return correct_value if correct else wrong_value
 
 
 def repetition_penalty(ids: Sequence[int], n: int = 40, penalty: float = -0.05) -> list[float]:
-    """Per token: `penalty` where it lies in an n-gram that occurred earlier in the same completion, else 0.
+    """Per token: `penalty` in an n-gram that occurred earlier in the same completion, else 0.
 
-    Assigned, not added: overlapping repeats never push a token below `penalty`; a first occurrence is free.
-    Source: arXiv:2502.03373 algorithm 1 (App. C.2).
-
-    >>> repetition_penalty([1, 2, 1, 2, 3], n=2, penalty=-0.5)
-    [0.0, 0.0, -0.5, -0.5, 0.0]
+    Assigned, not added: overlapping repeats never push a token below `penalty`; a first occurrence
+    is free: 1 2 1 2 3 with n = 2 pays for the second 1 2. Source: arXiv:2502.03373 algorithm 1.
     """
     rewards, seen = [0.0] * len(ids), set()
     for start in range(len(ids) - n + 1):
@@ -270,7 +249,8 @@ def soft_overlong(length: int, max_length: int, cache: int) -> float:
     return -min(max(length - (max_length - cache), 0) / cache, 1.0)
 
 
-SCRIPTS = {"en": "LATIN", "zh": "CJK", "ja": "CJK HIRAGANA KATAKANA", "ko": "HANGUL", "ru": "CYRILLIC"}
+SCRIPTS = {"en": "LATIN", "zh": "CJK", "ja": "CJK HIRAGANA KATAKANA", "ko": "HANGUL"}
+SCRIPTS["ru"] = "CYRILLIC"
 WORDS = re.compile("[\u3040-\u30ff\u3400-\u9fff]|[^\\W\\d_\u3040-\u30ff\u3400-\u9fff]+")
 
 
@@ -279,30 +259,25 @@ def language_consistency(text: str, language: str = "en") -> float:
 
     A word is a run of letters or one CJK character; LaTeX commands and code do not count.
     Source: arXiv:2501.12948 v1 sec. 2.3.2, which does not say how words are split.
-
-    >>> language_consistency("so \u4e00\u52a0 three, \\\\frac{1}{2}")
-    0.5
     """
     if language not in SCRIPTS:
         raise BadInput(f"language {language!r} is not known; choose one of {', '.join(SCRIPTS)}")
-    text, script = re.sub(r"```.*?```|\\[A-Za-z]+", " ", text, flags=re.DOTALL), SCRIPTS[language].split()
-    first = Counter(word[0][0] for word in WORDS.finditer(text))  # one by one: a list of a million would be large
-    matching = sum(count for letter, count in first.items() if unicodedata.name(letter, "?").split()[0] in script)
+    text = re.sub(r"```.*?```|\\[A-Za-z]+", " ", text, flags=re.DOTALL)
+    first = Counter(word[0][0] for word in WORDS.finditer(text))  # no list: it could be large
+    scripts = {letter: unicodedata.name(letter, "?").split()[0] for letter in first}
+    matching = sum(first[x] for x in first if scripts[x] in SCRIPTS[language].split())
     return matching / first.total() if first else 1.0
 
 
 # "wait" is left out on purpose by both works: it is not a reliable sign of reflection.
-OAT_ZERO = (
-    "recheck", "rethink", "reevaluate", "re-evaluate", "reevaluation", "re-examine", "reexamine", "try again",
-    "check again", "think again", "go over the steps",
-)  # fmt: skip
-UNDERSTAND_R1_ZERO = tuple(word for word in OAT_ZERO if word != "try again") + (
-    "reassess", "reconsider", "reanalyze", "double-check", "verify again",
-)  # fmt: skip
+OAT_ZERO = "recheck,rethink,reevaluate,re-evaluate,reevaluation,re-examine,reexamine".split(",")
+OAT_ZERO += ["try again", "check again", "think again", "go over the steps"]
+UNDERSTAND_R1_ZERO = [word for word in OAT_ZERO if word != "try again"]
+UNDERSTAND_R1_ZERO += "reassess,reconsider,reanalyze,double-check,verify again".split(",")
 
 
 def reflection_count(text: str, keywords: Sequence[str] = OAT_ZERO) -> int:
-    """Number of self-reflection phrases in the text, as oat-zero counts them (substrings, lower case)."""
+    """Number of self-reflection phrases, as oat-zero counts them (substrings, lower case)."""
     lowered = text.lower()
     return sum(lowered.count(word) for word in keywords)
 
@@ -310,14 +285,14 @@ def reflection_count(text: str, keywords: Sequence[str] = OAT_ZERO) -> int:
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased probability that k draws out of n samples, c of them correct, hold a correct one.
 
-    1 - C(n-c, k) / C(n, k) in product form, which never overflows. Source: arXiv:2107.03374 eq. 1.
+    1 - C(n-c, k) / C(n, k) as a product, which never overflows. Source: arXiv:2107.03374 eq. 1.
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n; got n={n}, c={c}, k={k}")
     return 1.0 - math.prod(max(0.0, 1 - k / j) for j in range(n - c + 1, n + 1))
 
 
-# ------------------------------------------------------------------------- what a batch of answers shows
+# ---------------------------------------------------------------- what a batch of answers shows
 
 
 @dataclass
@@ -363,7 +338,7 @@ def in_groups(values: list, size: int) -> list[list]:
 
 
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Row numbers, longest first, in batches of one row or of at most max_tokens when padded to the longest.
+    """Row numbers, longest first, in batches of at most max_tokens padded tokens, or of one row.
 
     >>> micro_batches([3, 9, 4, 8], 18)
     [[1, 3], [2, 0]]
@@ -391,14 +366,15 @@ def describe(done: list, task) -> dict[str, float]:
 
 
 def describe_batch(done: list, group_size: int, task) -> dict[str, float]:
-    """A step's answers in numbers: rewards, lengths by outcome, groups without signal (equal rewards)."""
+    """A step's answers in numbers: rewards, lengths by outcome, groups without signal."""
     groups = in_groups(done, group_size)
     correct = [sum(c.score["correct"] for c in group) for group in groups]
+    spreads = [len({round(c.reward, 8) for c in group}) for group in groups]  # different rewards
     metrics = describe(done, task) | {
         "tokens": sum(len(c.tokens) for c in done),
         "reward": mean(c.reward for c in done),
         "reward_std": stdev(c.reward for c in done) if len(done) > 1 else 0.0,
-        "frac_reward_zero_std": mean(len({round(c.reward, 8) for c in group}) == 1 for group in groups),
+        "frac_reward_zero_std": mean(spread == 1 for spread in spreads),
         "frac_all_right": mean(count == group_size for count in correct),
         "frac_all_wrong": mean(count == 0 for count in correct),
     }
@@ -411,37 +387,33 @@ def describe_batch(done: list, group_size: int, task) -> dict[str, float]:
 
 
 def describe_evaluation(done: list, k: int, task) -> dict[str, float]:
-    """k answers to each problem in numbers, with pass@1, 2, 4, ... up to k.
-
-    accuracy_se is the standard error over problems; entropy that of the sampling distribution, in nats per token.
-    """
+    """k answers to each problem in numbers; the standard error is one over problems."""
     correct = [sum(c.score["correct"] for c in group) for group in in_groups(done, k)]
     spread = stdev(correct) if len(correct) > 1 else 0.0
     metrics = describe(done, task)
     metrics["accuracy_se"] = spread / k / math.sqrt(len(correct))
-    metrics["entropy"] = -mean(p for c in done for p in c.logprobs)
+    metrics["entropy"] = -mean(p for c in done for p in c.logprobs)  # nats a token
     for n in [2**power for power in range(k.bit_length())]:
         metrics[f"pass@{n}"] = mean(pass_at_k(k, count, n) for count in correct)
     return metrics
 
 
-# ------------------------------------------------------------------------------------------------- tasks
-# A task is a class, here or in a file of yours (`--task FILE.py:Class`, README.md has an example):
-#   problem(split, seed, index)   the index-th problem of an endless stream, a pure function of its
-#                                 arguments; a dict that JSON can hold
-#   score(text, problem, **kw)    one of the scorers above, or what `score` makes of your verdict
-#   question(problem)             the user's message
-#   compact(problem)              the same in a few characters, for a tiny tokenizer
-# and where they are wanted
-#   key(problem)                  what makes two problems the same, its repr if missing; here its
-#                                 hash decides between train and test
-#   trace(problem, rng)           a completion for sft.py to imitate, its thought in lines
-#   describe(text, problem)       numbers that say what a completion did, for the log
-#   steps(problem), answer(...)   what coconut.py learns
-# The fields of a dataclass are knobs (`--task name:knob=value`): int, float, str, or 0 and 1 for
-# bool; NATURAL has other defaults for real models.
+# ----------------------------------------------------------------------------------------- tasks
+# A task is a class, here or in a file of yours (README.md has an example). It needs
+#   problem(split, seed, index)  the index-th of an endless stream, a pure function of its arguments
+#   score(text, problem, **kw)   one of the scorers above, or what `score` makes of your verdict
+#   question(problem), or compact(problem) for a tiny tokenizer: the prompt
+# and may have
+#   key(problem)                 what makes two problems the same, else all of it; in these tasks
+#                                its hash decides between train and test
+#   trace(problem, rng)          a completion for sft.py to imitate, its thought in lines
+#   describe(text, problem)      numbers that say what a completion did
+#   steps(problem), answer(...)  texts that coconut.py learns, MARKER before the answer
+# Fields of a dataclass are knobs (--task name:knob=value); NATURAL: defaults for real models.
 
-INSTRUCTION = "Think inside <think> </think> tags, then give the final answer inside <answer> </answer> tags"
+INSTRUCTION = (
+    "Think inside <think> </think> tags, then give the final answer inside <answer> </answer> tags"
+)
 
 
 def apply_operator(op: str, a: Fraction, b: Fraction) -> Fraction | None:
@@ -457,7 +429,7 @@ def random_tree(pool: list[Fraction], operators: str, rng: random.Random) -> Fra
     return pool[0] if len(pool) == 1 else None
 
 
-Item = tuple[Fraction, str, int]  # value, expression, how tightly it binds: 1 sum, 2 product, 3 number
+Item = tuple[Fraction, str, int]  # value, expression, how tightly it binds: 1 sum, 2 product, 3
 
 
 def combinations(pool: list[Item], operators: str) -> Iterator[list[Item]]:
@@ -469,12 +441,13 @@ def combinations(pool: list[Item], operators: str) -> Iterator[list[Item]]:
             value, rank = apply_operator(op, a, b), 1 if op in "+-" else 2
             if value is not None:  # brackets only where precedence needs them
                 x = f"({left})" if left_rank < rank else left
-                y = f"({right})" if right_rank < rank or (right_rank == rank and op in "-/") else right
+                same = right_rank == rank and op in "-/"
+                y = f"({right})" if right_rank < rank or same else right
                 yield [*rest, (value, x + op + y, rank)]
 
 
 def operations(expression: str) -> Iterator[tuple[str, str]]:
-    """The operations of an expression over whole numbers, in reading order, each with what is left after it.
+    """The operations of an expression in reading order, each with what is left after it.
 
     >>> list(operations("2*(9-4)+7"))
     [('9-4', '2*5+7'), ('2*5', '10+7'), ('10+7', '17')]
@@ -484,13 +457,14 @@ def operations(expression: str) -> Iterator[tuple[str, str]]:
         found = re.search(r"(\d+)([*/])(\d+)", inner[0]) or re.search(r"(\d+)([+-])(\d+)", inner[0])
         value = apply_operator(found[2], Fraction(found[1]), Fraction(found[3]))
         rest = inner[0].replace(found[0], str(value), 1)
-        expression = expression.replace(inner[0], rest.strip("()") if rest.strip("()").isdigit() else rest, 1)
+        bare = rest.strip("()")
+        expression = expression.replace(inner[0], bare if bare.isdigit() else rest, 1)
         yield found[0], expression
 
 
 @functools.lru_cache(maxsize=4096)
-def countdown_attempts(numbers: tuple[int, ...], operators: str, limit: int) -> list[tuple[int, str, str]]:
-    """Every way to combine all `numbers` through integers in 0..limit: (value, first operation, expression=...=value).
+def countdown_attempts(numbers: tuple[int, ...], operators: str, limit: int) -> list[tuple]:
+    """Every way to combine all `numbers` in 0..limit: (value, first operation, steps), by value.
 
     >>> countdown_attempts((2, 3), "-*", 99)
     [(1, '3-2', '3-2=1'), (6, '2*3', '2*3=6'), (6, '3*2', '3*2=6')]
@@ -525,7 +499,7 @@ def try_line(value: int, chain: str, target: int) -> str:
 
 @dataclass
 class Countdown:
-    """Reach the target with all the numbers, each used once (TinyZero; the traces: arXiv:2404.03683)."""
+    """Reach the target with all the numbers, each used once (TinyZero; traces: 2404.03683)."""
 
     min_numbers: int = 3
     max_numbers: int = 3
@@ -539,65 +513,66 @@ class Countdown:
     NATURAL = {"max_numbers": 4, "high": 99, "min_target": 10}
 
     def __post_init__(self):
-        if not 2 <= self.min_numbers <= self.max_numbers <= 6:
-            raise BadInput(f"countdown takes 2 to 6 numbers, not {self.min_numbers} to {self.max_numbers}")
-        if not 0 < self.low <= self.high or not 0 < self.min_target <= self.max_target:
-            raise BadInput(f"{self}: low to high and min_target to max_target must be positive and not empty")
-        if not self.operators or set(self.operators) - set("+-*/"):
-            raise BadInput(f"countdown:operators={self.operators}: some of + - * / are allowed")
+        numbers = 2 <= self.min_numbers <= self.max_numbers <= 6
+        ranges = 0 < self.low <= self.high and 0 < self.min_target <= self.max_target
+        operators = self.operators and set(self.operators) <= set("+-*/")
+        if not (numbers and ranges and operators):
+            raise BadInput(f"{self}: 2 to 6 numbers, ranges above 0, some of + - * / are allowed")
 
     def problem(self, split: str, seed: int, index: int) -> dict:
-        """Expression first, so that every problem has a solution; a division need not come out even."""
+        """Expression first, so each problem has a solution; a division need not come out even."""
         rng = random.Random(f"countdown {split} {seed} {index}")
         for _ in range(10_000):
             count = rng.randint(self.min_numbers, self.max_numbers)
             numbers = [rng.randint(self.low, self.high) for _ in range(count)]
             value = random_tree([Fraction(n) for n in numbers], self.operators, rng)
-            if value is None or value.denominator != 1 or not self.min_target <= value <= self.max_target:
+            if value is None or value.denominator != 1:
                 continue
             problem = {"numbers": numbers, "target": int(value)}
-            if split_of(self.key(problem)) == split:
+            if self.min_target <= value <= self.max_target and split_of(self.key(problem)) == split:
                 return problem
         raise BadInput(f"no solvable countdown problem found for {self}; widen the ranges")
 
     def key(self, problem: dict) -> str:
-        return f"{sorted(problem['numbers'])}={problem['target']}"  # the order of the numbers does not matter
+        return f"{sorted(problem['numbers'])}={problem['target']}"  # in any order
 
     def compact(self, problem: dict) -> str:
         return f"{','.join(map(str, problem['numbers']))}={problem['target']}<think>"
 
     def question(self, problem: dict) -> str:
         return (
-            f"Using the numbers {problem['numbers']}, write an expression that equals {problem['target']}. "
-            f"You may use {' '.join(self.operators)} and parentheses, and must use each number exactly once. "
-            "Show your work in <think> </think> tags and give only the final expression in <answer> "
-            "</answer> tags, for example <answer>(1 + 2) * 3</answer>."
+            f"Using the numbers {problem['numbers']}, write an expression that equals "
+            f"{problem['target']}. You may use {' '.join(self.operators)} and parentheses, and "
+            "must use each number exactly once. Show your work in <think> </think> tags and give "
+            "only the final expression in <answer> </answer> tags, "
+            "for example <answer>(1 + 2) * 3</answer>."
         )
 
     def score(self, text: str, problem: dict, **kw) -> dict:
         return score_countdown(text, problem["numbers"], problem["target"], **kw)
 
     def trace(self, problem: dict, rng: random.Random) -> str:
-        """A depth-first search in words: one try a line, then the answer, which repeats the last try.
+        """A depth-first search: one try a line, then the answer, which repeats the last try.
 
-        A try is the whole expression, worked out step by step, and compared with the target. Tries with the same
-        first operation stand together, all in random order. Some traces end on a miss.
+        Tries with the same first operation stand together, in random order. Some end on a miss.
         """
         target, numbers = problem["target"], tuple(sorted(problem["numbers"]))
-        attempts = countdown_attempts(numbers, self.operators, 99)  # numbers up to 99 are single tokens
+        attempts = countdown_attempts(numbers, self.operators, 99)  # up to 99 are single tokens
         firsts = sorted({first for _, first, _ in attempts})
         rank = dict(zip(firsts, rng.sample(range(len(firsts)), len(firsts)), strict=True))
-        attempts = sorted(attempts, key=lambda attempt: (rank[attempt[1]], rng.random()))
+        shuffled = sorted((rank[first], rng.random(), v, chain) for v, first, chain in attempts)
+        attempts = [(value, chain) for _, _, value, chain in shuffled]
         misses = [attempt for attempt in attempts if attempt[0] != target]
-        hit = next((i for i, attempt in enumerate(attempts) if attempt[0] == target), None)
-        if hit is None or (misses and rng.random() < self.give_up):
+        hits = [i for i, (value, _) in enumerate(attempts) if value == target]
+        if not hits or (misses and rng.random() < self.give_up):
             tries = misses[: rng.randint(1, 4)]
         else:  # most of them are seen from shortly before their end
             wrong = rng.randint(0, 1) if rng.random() < 0.75 else 29
-            tries = attempts[max(0, hit - wrong) : hit + 1]
-        lines = [try_line(value, chain, target) for value, _, chain in tries]
+            tries = attempts[max(0, hits[0] - wrong) : hits[0] + 1]
+        lines = [try_line(value, chain, target) for value, chain in tries]
         lines[1:] = [("wait" if rng.random() < 0.25 else "") + line for line in lines[1:]]
-        return "".join(lines) + f"</think><answer>{tries[-1][2].partition('=')[0]}</answer>"
+        answer = tries[-1][1].partition("=")[0]
+        return f"{''.join(lines)}</think><answer>{answer}</answer>"
 
     def describe(self, text: str, problem: dict) -> dict:
         """What the completion did: tries, different ones, whether it stopped on a marked miss."""
@@ -613,10 +588,11 @@ class Countdown:
 
 @dataclass
 class Multiplication:
-    """Products of two integers, as in TinyZero's `multiply`; a * b and b * a are the same problem."""
+    """Products of two integers, as in TinyZero's `multiply`; a * b and b * a are the same."""
 
     min_digits: int = 1
     max_digits: int = 2
+
     NATURAL = {"min_digits": 2, "max_digits": 3}
 
     def __post_init__(self):
@@ -635,7 +611,8 @@ class Multiplication:
         return "{}*{}".format(*sorted((problem["a"], problem["b"])))
 
     def question(self, problem: dict) -> str:
-        return f"What is {problem['a']} * {problem['b']}? {INSTRUCTION}, for example <answer>42</answer>."
+        asked = f"What is {problem['a']} * {problem['b']}?"
+        return f"{asked} {INSTRUCTION}, for example <answer>42</answer>."
 
     def compact(self, problem: dict) -> str:
         return f"{problem['a']}*{problem['b']}=<think>"
@@ -646,17 +623,29 @@ class Multiplication:
 
 @dataclass
 class GSM8K:
-    """Grade-school word problems: JSONL with the published fields `question` and `answer` (... #### 18)."""
+    """Grade-school word problems: JSONL with the published fields `question` and `answer`."""
 
     data: str = ""
 
-    NATURAL = {}
     FIELD, EXAMPLE, SCORER = "question", "42", staticmethod(score_gsm8k)
 
     def __post_init__(self):
+        if not self.data:
+            raise BadInput(f"gsm8k and math read a file: --data FILE.jsonl ({self.FIELD}, answer)")
         self.streams = {"train": [], "test": []}
-        for problem in read_problems(self.data, self.FIELD, self.SCORER):
+        for problem in read_jsonl(self.data, self.read):
             self.streams[split_of(self.key(problem))].append(problem)
+
+    def read(self, row: dict) -> dict:
+        """{"question", "answer"} of a line; BadInput if the scorer cannot read its answer."""
+        if not isinstance(row, dict):
+            raise BadInput("not a JSON object")
+        for name in (self.FIELD, "answer"):
+            if not isinstance(row.get(name), (str, int, float)) or not str(row[name]).strip():
+                raise BadInput(f'field "{name}" is missing or empty')
+        answer = str(row["answer"]).rpartition("#### ")[2].strip()  # GSM8K's: ... #### 18
+        self.SCORER("", answer)
+        return {"question": str(row[self.FIELD]), "answer": answer}
 
     def problem(self, split: str, seed: int, index: int) -> dict:
         """Test in file order, train in a new order each epoch."""
@@ -683,49 +672,57 @@ class Math(GSM8K):
     FIELD, EXAMPLE, SCORER = "problem", "\\frac{1}{2}", staticmethod(score_math)
 
 
-# Chains: a problem with steps(problem), a list of texts, and answer(problem), before which MARKER
-# stands; without one the answer looks like the result of a step. Neither tags nor <think>: the
-# steps are the thinking.
+def read_jsonl(path: str, read: Callable) -> list:
+    """`read` of the JSON value in each line of a file; BadInput names the file and the line."""
+    with reading(f"cannot read the data file {path}"):
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                found.append(read(json.loads(line)))
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            what = error if isinstance(error, ValueError) else repr(error)
+            raise BadInput(f"{path}, line {number}: {what}: {line[:40]!r}") from None
+    if not found:
+        raise BadInput(f"{path} is empty; it must hold one JSON object per line")
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(f"epoch {seed} {epoch}").sample(range(count), count)
 
 
 @dataclass
 class AffineChain:
-    """A start value, then `length` operations + d or * d modulo `modulus`; a step is one equation.
-
-    >>> AffineChain().steps({"start": 3, "operations": ["+2", "*4", "+6"]})
-    ['3+2=5', '5*4=6', '6+6=5']
-    """
+    """A start value, then `length` operations + d or * d modulo `modulus`: 3+2=5, 5*4=6, .."""
 
     length: int = 3
     modulus: int = 7
 
-    NATURAL = {}
-    MARKER = ""
-
     def __post_init__(self):
         if not (1 <= self.length <= 50 and 3 <= self.modulus <= 10):
-            raise BadInput(f"{self}: length 1 to 50 and modulus 3 to 10 are allowed, so that a value is one digit")
+            raise BadInput(f"{self}: length 1 to 50, modulus 3 to 10: a value is one digit")
 
     def problem(self, split: str, seed: int, index: int) -> dict:
-        """Easy operations, + 0, * 0 and * 1, are among the hard ones; so 0 is the answer of every fourth problem."""
+        """Easy operations, + 0, * 0 and * 1, are among the hard ones: every fourth answer is 0."""
         rng = random.Random(f"affine {split} {seed} {index}")
-        for _ in range(10_000):
+        while True:  # the shortest chains have problems on both sides, so this ends
             signs = [rng.choice("+*") for _ in range(self.length)]
             operations = [sign + str(rng.randrange(self.modulus)) for sign in signs]
             problem = {"start": rng.randrange(self.modulus), "operations": operations}
             if split_of(self.key(problem)) == split:
                 return problem
-        raise BadInput(f"no {split} problem found for {self}; make the chain longer")
-
-    def key(self, problem: dict) -> str:
-        return self.compact(problem)
 
     def compact(self, problem: dict) -> str:
         return str(problem["start"]) + "".join(problem["operations"])
 
+    key = compact
+
     def question(self, problem: dict) -> str:
-        operations = ", then ".join(problem["operations"])
-        return f"Start with {problem['start']} and apply {operations}, each time modulo {self.modulus}."
+        start, operations = problem["start"], ", then ".join(problem["operations"])
+        return f"Start with {start} and apply {operations}, each time modulo {self.modulus}."
 
     def steps(self, problem: dict) -> list[str]:
         value, steps = problem["start"], []
@@ -742,22 +739,14 @@ class AffineChain:
         return score_last_line(text, self.answer(problem), **kw)
 
 
-PERMUTATIONS = list(itertools.permutations(range(3)))  # S3, written a to f in this order; a is the identity
-S3_PRODUCT = {  # "bc" -> the letter of "first b, then c"; the smallest group where the order matters
-    x + y: "abcdef"[PERMUTATIONS.index(tuple(q[i] for i in p))]
-    for x, p in zip("abcdef", PERMUTATIONS, strict=True)
-    for y, q in zip("abcdef", PERMUTATIONS, strict=True)
-}
+PERMUTATIONS = list(itertools.permutations(range(3)))  # written a to f; a is the identity
 
 
 @dataclass
 class S3:
-    """The word problem of the symmetric group S3: the product of `elements` permutations of three things."""
+    """The word problem of S3, the smallest group where order matters: a product of permutations."""
 
     elements: int = 5
-
-    NATURAL = {}
-    MARKER = ""
 
     def __post_init__(self):
         if not 2 <= self.elements <= 100:
@@ -765,29 +754,29 @@ class S3:
 
     def problem(self, split: str, seed: int, index: int) -> dict:
         rng = random.Random(f"s3 {split} {seed} {index}")
-        for _ in range(10_000):
+        while True:  # as above
             problem = {"elements": "".join(rng.choice("abcdef") for _ in range(self.elements))}
             if split_of(self.key(problem)) == split:
                 return problem
-        raise BadInput(f"no {split} problem found for {self}; take more elements")
-
-    def key(self, problem: dict) -> str:
-        return problem["elements"]
 
     def compact(self, problem: dict) -> str:
         return problem["elements"]
 
+    key = compact
+
     def question(self, problem: dict) -> str:
         meaning = ", ".join(f"{x} = {p}" for x, p in zip("abcdef", PERMUTATIONS, strict=True))
-        return f"With {meaning}, apply {', '.join(problem['elements'])} from left to right. Which letter is the result?"
+        elements = ", ".join(problem["elements"])
+        return f"With {meaning}, apply {elements} from left to right. Which letter is the result?"
 
     def products(self, problem: dict) -> str:
-        """The running product after each element, as letters.
-
-        >>> S3().products({"elements": "bbcde"})
-        'bacfc'
-        """
-        return "".join(itertools.accumulate(problem["elements"], lambda x, y: S3_PRODUCT[x + y]))
+        """The product up to each element, as letters: bacfc for bbcde."""
+        product, letters = PERMUTATIONS[0], ""
+        for element in problem["elements"]:
+            after = PERMUTATIONS["abcdef".index(element)]
+            product = tuple(after[i] for i in product)  # first the product, then this element
+            letters += "abcdef"[PERMUTATIONS.index(product)]
+        return letters
 
     def steps(self, problem: dict) -> list[str]:
         left = self.products(problem)
@@ -830,18 +819,17 @@ def make_task(spec: str, data: str = "", natural: bool = False):
                 raise ValueError(value)
         except (KeyError, ValueError):
             known = ", ".join(f"{knob}={hint.__name__}" for knob, hint in types.items())
-            message = f"task {name} does not understand {pair!r}; its knobs are {known}"
-            raise BadInput(message) from None
+            raise BadInput(f"task {name}: {pair!r} is none of its knobs, {known}") from None
     pool = knobs.pop("pool", 0)
     if pool < 0:
         raise BadInput(f"task {name}: pool={pool} must be a number of problems, or 0 for all")
     with reading(name, ANYTHING):
         task = kind(**knobs)
         task.score = guarded(task.score)
-        if not hasattr(task, "key"):
-            task.key = repr
-        if pool:
-            task.problem = pooled(task.problem, pool)
+        task.key = getattr(task, "key", repr)
+    if pool:
+        draw = task.problem
+        task.problem = lambda split, seed, i: draw(split, seed, i % pool if split == "train" else i)
     return task
 
 
@@ -851,47 +839,30 @@ def task_class(spec: str) -> tuple[str, type, str]:
     if path is None:
         name, _, pairs = spec.partition(":")
         if name not in TASKS:
-            known = ", ".join(TASKS)
-            raise BadInput(f"unknown task {name!r}; choose one of {known}, or give FILE.py:Class")
+            raise BadInput(f"unknown task {name!r}: {', '.join(TASKS)} or FILE.py:Class")
         return name, TASKS[name], pairs
-    path, name = path[0], spec[path.end() + 1 :]
-    name, _, pairs = name.partition(":")
-    # the second place: more/tasks.py from any folder
-    files = [file for file in (Path(path), MODELS.parent / path) if file.is_file()]
-    if not files:
-        raise BadInput(f"task {spec}: there is no file {path}")
-    spec = spec_from_file_location(f"task_{files[0].stem}", files[0])
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
+    path, rest = path[0], spec[path.end() + 1 :]
+    name, _, pairs = rest.partition(":")
+    file = max(Path(path), MODELS.parent / path, key=Path.is_file)  # more/ from any folder
+    about = spec_from_file_location(f"task_{file.stem}", file)
+    module = module_from_spec(about)
+    sys.modules[about.name] = module  # where dataclasses look for it
     with reading(path, ANYTHING):
-        spec.loader.exec_module(module)
+        about.loader.exec_module(module)
     kind = getattr(module, name, None)
-    if not isinstance(kind, type):
-        raise BadInput(f"{path} has no class {name!r}; --task takes FILE.py:Class")
-    for method in ("problem", "score"):
-        if not callable(getattr(kind, method, None)):
-            raise BadInput(f"{path}: the class {name} has no {method}(); every task needs it")
+    if not isinstance(kind, type) or not hasattr(kind, "problem") or not hasattr(kind, "score"):
+        raise BadInput(f"{path} has no class {name!r} with problem() and score()")
     return f"{path}:{name}", kind, pairs
 
 
-def pooled(draw: Callable, size: int) -> Callable:
-    """A task's `problem` with `size` different ones for training."""
-
-    def problem(split: str, seed: int, index: int) -> dict:
-        return draw(split, seed, index % size if split == "train" else index)
-
-    return problem
-
-
 score_failures = 0  # answers that a verifier could not judge: wrong
-# what a text can make a verifier raise; a full disk, no memory or a misspelt name are no answer's fault and end the run
-ANSWER_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, re.error)
+# what a text can make a verifier raise; a full disk or a misspelt name end the run
+ANSWER_FAULTS = ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
+ANSWER_FAULTS += (re.error,)
 
 
 def guarded(judge: Callable[..., dict]) -> Callable[..., dict]:
-    """A verifier that ends no run: an answer on which it raises, or for which it gives no number, counts as wrong. The
-    first traceback is shown, and from then on the count, each time that it has doubled.
-    """
+    """A verifier that ends no run: an answer on which it raises, or gives no number, is wrong."""
 
     @functools.wraps(judge)
     def judged(text: str, problem: dict, **options) -> dict:
@@ -902,12 +873,13 @@ def guarded(judge: Callable[..., dict]) -> Callable[..., dict]:
                 raise ValueError(f"the verifier gave {parts}")
             return parts | {"answer": parts["answer"]}
         except ANSWER_FAULTS:
-            score_failures += 1
-            if score_failures == 1:
-                shown = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in traceback.format_exc())
-                print("".join(shown), end="", file=sys.stderr)
-            if score_failures & (score_failures - 1) == 0:
-                print(f"note: the verifier failed on {score_failures} answer(s); they count as wrong", file=sys.stderr)
+            count = score_failures = score_failures + 1
+            if count == 1:  # then the count alone, each time that it has doubled
+                lines = traceback.format_exc().split("\n")
+                shown = [line if line.isprintable() else repr(line)[1:-1] for line in lines]
+                print("\n".join(shown), file=sys.stderr)
+            if count & (count - 1) == 0:
+                print(f"the verifier failed on {count} answer(s): wrong", file=sys.stderr)
             return {"format": 0.0, "answer": None, "correct": False, "total": 0.0}
 
     return judged
@@ -917,40 +889,12 @@ def heldout(task, count: int, seed: int = 0) -> list[dict]:
     """The first `count` problems of the test stream with distinct keys."""
     found = {}
     for index in range(200 * count):
-        if len(found) == count:
-            break
-        problem = task.problem("test", seed, index)
-        found.setdefault(task.key(problem), problem)
-    if len(found) == count:
-        return list(found.values())
-    raise BadInput(f"only {len(found)} distinct held-out problems of {task}; ask for fewer than {count}")
-
-
-ASSISTANT_PREFIX = "Let me solve this step by step.\n<think>"
-
-
-def prompt(task, problem: dict, style: str) -> str | list[dict]:
-    """The prompt of a problem: "compact" (tiny models), "text" (base models) or "chat" (a list of messages).
-
-    The first two end in <think>; the caller of "chat" appends ASSISTANT_PREFIX to the templated text.
-    """
-    method = "compact" if style == "compact" else "question"
-    if not hasattr(task, method):
-        other = "a pre-trained" if style == "compact" else "a tiny"
-        raise BadInput(f"{type(task).__name__} has no {method} prompt: give {other} --model")
-    if style == "compact":
-        return task.compact(problem)
-    if style == "text":
-        return f"{PREAMBLE}\nUser: {task.question(problem)}\nAssistant: {ASSISTANT_PREFIX}"
-    if style == "chat":
-        return [{"role": "user", "content": task.question(problem)}]
-    raise ValueError(f"prompt style {style!r} is not known; choose compact, text or chat")
-
-
-PREAMBLE = (  # TinyZero's, for base models
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
-    "assistant first thinks about the reasoning process and then provides the user with the answer."
-)
+        if len(found) < count:
+            problem = task.problem("test", seed, index)
+            found.setdefault(task.key(problem), problem)
+    if len(found) < count:
+        raise BadInput(f"only {len(found)} held-out problems of {task}: ask for fewer than {count}")
+    return list(found.values())
 
 
 def split_of(key: str) -> str:
@@ -958,47 +902,27 @@ def split_of(key: str) -> str:
     return "train" if int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10 else "test"
 
 
-def read_problems(path: str, field: str, scorer: Callable) -> list[dict]:
-    """{"question", "answer"} of each line of a JSONL file with `field` and `answer`, all scorable."""
-    if not path:
-        raise BadInput(
-            f"gsm8k and math read a file: give --data FILE.jsonl, or gsm8k:data=FILE.jsonl, with fields {field}, answer"
-        )
-    return read_jsonl(path, lambda row: read_problem(row, field, scorer))
+ASSISTANT_PREFIX = "Let me solve this step by step.\n<think>"
+PREAMBLE = (  # TinyZero's, for base models
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
+    "it. The assistant first thinks about the reasoning process and then provides the user with "
+    "the answer."
+)
 
 
-def read_jsonl(path: str, read: Callable) -> list:
-    """`read` of the JSON value in each line of a file; BadInput names the line where that, or `read`, does not work."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the data file {path}: {error}") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found += [read(json.loads(line))] if line.strip() else []
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            what = error if isinstance(error, ValueError) else repr(error)
-            raise BadInput(f"{path}, line {number}: {what}: {line[:40]!r}") from None
-    if not found:
-        raise BadInput(f"{path} is empty; it must hold one JSON object per line")
-    return found
+def prompt(task, problem: dict, style: str) -> str | list[dict]:
+    """The prompt of a problem: "compact" (tiny models), "text" (base models) or "chat" (messages).
 
-
-def read_problem(row: dict, field: str, scorer: Callable) -> dict:
-    if not isinstance(row, dict):
-        raise BadInput("not a JSON object")
-    for name in (field, "answer"):
-        if not isinstance(row.get(name), (str, int, float)) or not str(row[name]).strip():
-            raise BadInput(f'field "{name}" is missing or empty')
-    answer = str(row["answer"]).rpartition("#### ")[2].strip()
-    scorer("", answer)  # raises BadInput if it cannot read this answer
-    return {"question": str(row[field]), "answer": answer}
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    return random.Random(f"epoch {seed} {epoch}").sample(range(count), count)
+    The first two end in <think>; the caller of "chat" appends ASSISTANT_PREFIX to its text.
+    """
+    method = "compact" if style == "compact" else "question"
+    if not hasattr(task, method):
+        other = "pre-trained" if style == "compact" else "tiny"
+        raise BadInput(f"{type(task).__name__} has no {method} prompt: give a {other} --model")
+    asked = getattr(task, method)(problem)
+    if style == "text":
+        return f"{PREAMBLE}\nUser: {asked}\nAssistant: {ASSISTANT_PREFIX}"
+    return [{"role": "user", "content": asked}] if style == "chat" else asked
 
 
 # ------------------------------------------------------------------------------------------- expressions

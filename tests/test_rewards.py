@@ -823,7 +823,8 @@ def test_affine_chain_by_hand():
 
 
 def test_s3_is_the_symmetric_group():
-    product = rewards.S3_PRODUCT
+    pairs = [x + y for x, y in itertools.product("abcdef", repeat=2)]
+    product = {pair: rewards.S3().products({"elements": pair})[1] for pair in pairs}
     for x, y, z in itertools.product("abcdef", repeat=3):
         assert product[product[x + y] + z] == product[x + product[y + z]]
     for x in "abcdef":
@@ -862,15 +863,13 @@ def test_prompts():
     assert "User: What is 12 * 34?" in text and text.endswith("\nAssistant: " + rewards.ASSISTANT_PREFIX)
     assert rewards.ASSISTANT_PREFIX == "Let me solve this step by step.\n<think>"
     assert rewards.prompt(task, problem, "chat") == [{"role": "user", "content": task.question(problem)}]
-    with pytest.raises(ValueError, match="compact, text or chat"):
-        rewards.prompt(task, problem, "haiku")
 
 
 def test_make_task():
     assert rewards.make_task("multiplication:max_digits=4") == rewards.Multiplication(1, 4)
     assert rewards.make_task("multiplication:max_digits=4", natural=True) == rewards.Multiplication(2, 4)
     for spec, words in [
-        ("chess", "countdown, multiplication, gsm8k, math, affine, s3, or give FILE.py:Class"),
+        ("chess", "countdown, multiplication, gsm8k, math, affine, s3 or FILE.py:Class"),
         ("multiplication:size=3", "'size=3'.*min_digits=int, max_digits=int"),
         ("multiplication:max_digits=two", "'max_digits=two'.*max_digits=int"),
         ("multiplication:max_digits=99", "<= 18"),

@@ -229,6 +229,12 @@ def test_limits(path):
     assert excesses(path) == {}, f"at most {LIMITS | SPECIAL.get(name_of(path), {})}"
 
 
+def test_limits_of_rewards():
+    """What every reader of a script has beside it."""
+    found = measure(ROOT / "rewards.py")
+    assert found["lines"] <= 1150 and found["function"] <= LIMITS["function"]
+
+
 # ------------------------------------------------------------------ each check, on made scripts
 
 

@@ -64,7 +64,8 @@ def thought_table(folder: Path) -> list[str]:
     model = coconut.load_model(newest)
     prompter = coconut.ThoughtPrompter(model, coconut.make_task(cfg.task, cfg.data), cfg)
     prompter.stage = torch.load(newest / "trainer.pt", "cpu", weights_only=True)["stage"]
-    if model.config["latent_token_id"] is None or not prompter.stage or prompter.task.MARKER:
+    sentences = getattr(prompter.task, "MARKER", "")
+    if model.config["latent_token_id"] is None or not prompter.stage or sentences:
         return ["no thoughts whose results are one token each"]
     problems = coconut.heldout(prompter.task, cfg.eval_problems or 200)
     lines = []
