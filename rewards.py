@@ -88,20 +88,20 @@ def resolve_model(name: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
 
 
-# ---------------------------------------------------------------------------------------------------- scorers
+# ------------------------------------------------------------------------------------------ scorers
 
 
 def score_countdown(text: str, numbers: Sequence[int], target: int, **kw) -> dict:
-    """Score of an arithmetic expression that must use every number exactly once and equal the target.
+    """Score of an expression that must use every number exactly once and equal the target.
 
-    All scorers take format_weight (eq. 1) and eos (the end-of-sequence text, removed once from the end).
+    All scorers take format_weight (eq. 1) and eos, the end-of-sequence text, removed once.
 
     >>> score_countdown("3*5=15, 15+7=22 </think> <answer>3 * 5 + 7</answer>", [3, 5, 7], 22)
     {'format': 1.0, 'answer': '3 * 5 + 7', 'correct': True, 'total': 1.1}
     """
     answer = extract_answer(text)
     try:
-        value, numerals = parse_expression(answer or "")
+        value, numerals = parse_expression(plain_signs(answer or ""))
     except ValueError:
         value, numerals = None, []
     # A multiset, not a set: both copies of a 5 must be used. Exact: 8/(3-8/3) is 24, not 23.999.
@@ -109,59 +109,68 @@ def score_countdown(text: str, numbers: Sequence[int], target: int, **kw) -> dic
 
 
 def score_multiplication(text: str, a: int, b: int, **kw) -> dict:
-    """Score of an integer answer to a * b; thousands commas are accepted, an unevaluated product is wrong."""
+    """Score of an integer answer to a * b; an unevaluated product is wrong, and so is 408.0."""
     answer = extract_answer(text)
-    integer = re.fullmatch(r"-?(?:[0-9]{1,40}|[0-9]{1,3}(?:,[0-9]{3}){1,12})", answer or "")
-    return score(text, answer, bool(integer) and int(answer.replace(",", "")) == a * b, **kw)
+    number = number_text(answer or "")
+    is_integer = re.fullmatch(r"-?[0-9]+", number) and "*" not in clean(answer)
+    return score(text, answer, bool(is_integer) and int(number) == a * b, **kw)
 
 
 def score_gsm8k(text: str, gold: str, **kw) -> dict:
-    """Score of a number after the last ####, else in the last \\boxed{}, else in the last <answer> block."""
+    """Score of a number after the last ####, else in the last \\boxed{} or <answer> block."""
     expected = plain_number(str(gold))
     if expected is None:
         raise BadInput(f"gsm8k: the gold answer {gold!r} is not a number; leave this row out")
-    _, marker, tail = final_part(text).rpartition("####")
-    line = re.split(r"[\n<]", tail.lstrip()[: MAX_ANSWER + 1], maxsplit=1)[0].strip()
+    _, marker, tail = final_part(text.rstrip().removesuffix(kw.get("eos", ""))).rpartition("####")
+    line = re.split(r"\n|</answer>|<\|", tail.lstrip(), maxsplit=1)[0].strip()
     candidates = (line if marker else None, extract_boxed(text), extract_answer(text))
     answer = next((candidate for candidate in candidates if candidate is not None), None)
     return score(text, answer, answer is not None and plain_number(answer) == expected, **kw)
 
 
 def score_math(text: str, gold: str, **kw) -> dict:
-    """Score of a LaTeX answer in the last \\boxed{}, else in the last <answer> block, by `math_equal`."""
-    if gold is None or not normalise(str(gold)):
-        raise BadInput(f"math: the gold answer {gold!r} is empty, unbalanced or too long; leave this row out")
+    """Score by `math_equal` of a LaTeX answer in the last \\boxed{}, else in the <answer> block."""
+    if gold is None or not clean(str(gold)):
+        raise BadInput(f"math: the gold answer {gold!r} is empty, too long or has open brackets")
     boxed = extract_boxed(text)
     answer = extract_answer(text) if boxed is None else boxed
     return score(text, answer, answer is not None and math_equal(str(gold), answer), **kw)
 
 
 def score_last_line(text: str, gold: str, format_weight: float = 0.1, eos: str = "") -> dict:
-    """Score of a chain of steps: what stands on the last line, after the last # there; commas do not count. There is
-    no layout to reward: format only says whether there is an answer.
+    """Score of a chain of steps: what stands on the last line, after the last # there.
+
+    Commas do not count. There is no layout to reward: format says whether there is an answer.
 
     >>> score_last_line("3*4=12\\n12*90=1080\\n### 1,080", "1080")["correct"]
     True
     """
     line = text.rstrip().removesuffix(eos).strip().rpartition("\n")[2]
     answer = line.rpartition("#")[2].replace(",", "").strip()
-    layout, correct = float(answer != ""), answer == str(gold).replace(",", "").strip()
-    return {"format": layout, "answer": answer, "correct": correct, "total": correct + format_weight * layout}
+    correct = answer == str(gold).replace(",", "").strip()
+    return total(float(answer != ""), answer, correct, format_weight)
 
 
-def score(text: str, answer: str | None, correct: bool, format_weight: float = 0.1, eos: str = "") -> dict:
+def score(
+    text: str, answer: str | None, correct: bool, format_weight: float = 0.1, eos: str = ""
+) -> dict:
     """The parts of a reward and their sum (eq. 1)."""
-    layout = float(strict_format(text, eos))
-    return {"format": layout, "answer": answer, "correct": correct, "total": correct + format_weight * layout}
+    return total(float(strict_format(text, eos)), answer, correct, format_weight)
+
+
+def total(layout: float, answer: str | None, correct: bool, weight: float) -> dict:
+    parts = {"format": layout, "answer": answer, "correct": correct}
+    return parts | {"total": correct + weight * layout}
 
 
 def strict_format(text: str, eos: str = "") -> bool:
-    """Whether <think> + text is one think block, white space, one non-empty answer block, and the end."""
+    """Whether <think> + text is one think block, white space, a full answer block, and the end."""
     text = text.rstrip().removesuffix(eos).rstrip()
     head, _, content = text.removesuffix("</answer>").rpartition("<answer>")
     if not (text.endswith("</answer>") and content.strip() and head.rstrip().endswith("</think>")):
         return False
-    return [text.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")] == [0, 1, 1, 1]
+    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    return [text.count(tag) for tag in tags] == [0, 1, 1, 1]
 
 
 def final_part(text: str) -> str:
@@ -179,29 +188,52 @@ def extract_answer(text: str) -> str | None:
 
 
 def extract_boxed(text: str) -> str | None:
-    """Content of the last \\boxed{...} of the final part; None without one or if it is not closed."""
+    """Content of the last \\boxed{...} of the final part; None without one that is closed."""
     _, found, content = final_part(text).rpartition("\\boxed{")
     depths = itertools.accumulate((c == "{") - (c == "}") for c in content[: MAX_ANSWER + 1])
     end = next((i for i, depth in enumerate(depths) if depth < 0), None)
     return content[:end].strip() if found and end is not None else None
 
 
+def plain_signs(text: str) -> str:
+    """An expression in ASCII's signs, for ×, \\times, ÷, − and no-break spaces, without **bold**, $
+    or a box around it. An = stays, and is an error: only the expression was asked for.
+    """
+    text = unwrap(text.translate(CHARACTERS)) if len(text) <= MAX_ANSWER else text
+    return re.sub(r"\\(cdot|times|ast|div)(?![A-Za-z])", lambda m: SIGN_OF[m[1]], text)
+
+
 def plain_number(text: str) -> Fraction | None:
-    """The value of '$1,080.50', '-5', '1/2', '18 dollars.' or '50%'; None for anything but one number."""
-    match = re.fullmatch(PLAIN_NUMBER, text.strip()) if len(text) <= MAX_ANSWER else None
-    if match is None or int(match["over"] or 1) == 0:
+    """The value of '$1,080.50', '-5', '1/2', '18 dollars.', 'x = 72', '1.2 million'; 50 of '50%'.
+
+    None for anything but one number: a range, two quantities, a bound, an expression to work out.
+    """
+    value = number_text(text)
+    try:
+        return evaluate(to_postfix(math_tokens(value)), RATIONAL, Fraction) if value else None
+    except ZeroDivisionError:
         return None
-    value = Fraction(match["digits"].replace(",", "")) / int(match["over"] or 1)
-    return -value if "-" in match["sign"] else value
 
 
-PLAIN_NUMBER = (  # at most 40 digits each; what follows may not hold another digit
-    r"(?P<sign>[-+]?\s*\\?\$?\s*-?)(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3}){1,12}|[0-9]{1,40})(?:\.[0-9]{1,40})?"
-    r"|\.[0-9]{1,40})(?:\s*/\s*(?P<over>[0-9]{1,40}))?[^0-9/^*]*"
+def number_text(text: str) -> str:
+    """The number in an answer, without name, sentence and unit; "" if it is not just one."""
+    text = unwrap(text) if len(text) <= MAX_ANSWER else ""
+    start = re.match(r"[A-Za-z' ]+(?:\b(?:is|are|was|equals)\b|:)(?=[-+$£€*\s\\]*\.?[0-9])", text)
+    if start and not (NO_UNIT - {"is", "was"}).intersection(start[0].lower().strip(" :").split()):
+        text = text[start.end() :]
+    _, kind, parts = read_form(clean(text), [0.0])
+    value = split_unit(parts[0])[0].removesuffix("%") if kind == "value" else ""
+    return value if re.fullmatch(PLAIN_NUMBER, value) else ""
+
+
+PLAIN_NUMBER = (  # at most 40 digits each
+    r"[-+]?(?:[0-9]{1,40}(?:\.[0-9]{1,40})?|\.[0-9]{1,40})"
+    r"(?:/[0-9]{1,40}|\*10\^\{?-?[0-9]{1,2}\}?|\*1[02]0*)?"
+    r"|[-+]?\\frac\{[0-9]{1,40}\}\{[0-9]{1,40}\}"
 )
 
 
-# -------------------------------------------------------------------- shaped rewards and metrics
+# ----------------------------------------------------------------------- shaped rewards and metrics
 
 
 def cosine_reward(
@@ -292,7 +324,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.prod(max(0.0, 1 - k / j) for j in range(n - c + 1, n + 1))
 
 
-# ---------------------------------------------------------------- what a batch of answers shows
+# -------------------------------------------------------------------- what a batch of answers shows
 
 
 @dataclass
@@ -398,7 +430,7 @@ def describe_evaluation(done: list, k: int, task) -> dict[str, float]:
     return metrics
 
 
-# ----------------------------------------------------------------------------------------- tasks
+# -------------------------------------------------------------------------------------------- tasks
 # A task is a class, here or in a file of yours (README.md has an example). It needs
 #   problem(split, seed, index)  the index-th of an endless stream, a pure function of its arguments
 #   score(text, problem, **kw)   one of the scorers above, or what `score` makes of your verdict
@@ -925,20 +957,22 @@ def prompt(task, problem: dict, style: str) -> str | list[dict]:
     return [{"role": "user", "content": asked}] if style == "chat" else asked
 
 
-# ------------------------------------------------------------------------------------------- expressions
-# Text -> tokens -> postfix list -> value. Nothing recurses on an expression; what can be computed is exactly
-# the dict of operations that `evaluate` is given.
+# -------------------------------------------------------------------------------------- expressions
+# Text -> tokens -> postfix list -> value. Nothing recurses on an expression; what can be computed
+# is exactly the dict of operations that `evaluate` is given.
 
-PREFIX = {"+": "pos", "-": "neg"} | {name: name for name in "sqrt sin cos tan log ln exp".split()}
+FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan log ln exp".split()
+PREFIX = {"+": "pos", "-": "neg"} | {name: name for name in ["sqrt", "abs", *FUNCTIONS]}
 INFIX = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4, "choose": 4}  # how tightly each binds
-BINDING = INFIX | dict.fromkeys(PREFIX.values(), 5) | {"pos": 3, "neg": 3}  # -2^2 is -4, sqrt(2)^2 is 2
+BINDING = INFIX | dict.fromkeys(PREFIX.values(), 5)  # sqrt(2)^2 is 2
+BINDING |= {"pos": 3, "neg": 3}  # but -2^2 is -4
 
 
 def parse_expression(text: str) -> tuple[Fraction, list[int]]:
-    """Value and numerals of an expression over + - * / ( ) and integers; ValueError for anything else.
+    """Value and numerals of an expression over + - * / ( ) and integers; ValueError for others.
 
-    At most 500 characters, 200 tokens (hence less than 100 nested parentheses) and 12 digits per numeral,
-    without leading zeros. `**` and `//` are two operators in a row and so syntax errors.
+    At most 500 characters, 200 tokens (hence less than 100 nested parentheses) and 12 digits per
+    numeral, without leading zeros. `**` and `//` are two operators in a row and so syntax errors.
 
     >>> parse_expression("7 / 2 * (4 - 1)")
     (Fraction(21, 2), [7, 2, 4, 1])
@@ -954,16 +988,16 @@ def parse_expression(text: str) -> tuple[Fraction, list[int]]:
 def expression_tokens(text: str) -> list[str]:
     """Numerals, operators and parentheses of such an expression; ValueError for anything else."""
     tokens = re.findall(r"[0-9]+|[-+*/()]", text[:501])
-    if len(text) > 500 or len(tokens) > 200 or "".join(tokens) != re.sub(r"[ \t\r\n]", "", text):
+    plain = "".join(tokens) == re.sub(r"[ \t\r\n]", "", text[:501])
+    if len(text) > 500 or len(tokens) > 200 or not plain:
         raise ValueError("too long, or characters other than digits, + - * / ( ) and spaces")
-    numerals = [token for token in tokens if token.isdigit()]
-    if any(len(numeral) > 12 or (numeral[0] == "0" and numeral != "0") for numeral in numerals):
+    if any(re.fullmatch(r"0[0-9]+|[0-9]{13,}", token) for token in tokens):
         raise ValueError("a numeral has more than 12 digits or a leading zero")
     return tokens
 
 
 def to_postfix(tokens: list[str]) -> list[str]:
-    """Postfix order of infix tokens (Dijkstra's shunting-yard); ValueError if they are not an expression.
+    """Postfix order of infix tokens (Dijkstra's shunting-yard); ValueError if they are none.
 
     >>> to_postfix(["-", "2", "*", "(", "3", "+", "4", ")"])
     ['2', 'neg', '3', '4', '+', '*']
@@ -978,16 +1012,19 @@ def to_postfix(tokens: list[str]) -> list[str]:
             output.append(token)
             operand_next = False
         elif token in INFIX:
-            # only ^ groups to the right: 2^3^2 is 2^(3^2)
-            while stack and stack[-1] != "(" and BINDING[stack[-1]] >= BINDING[token] + (token == "^"):
+            least = BINDING[token] + (token == "^")  # only ^ groups to the right: 2^3^2 is 2^(3^2)
+            while stack and stack[-1] != "(" and BINDING[stack[-1]] >= least:
                 output.append(stack.pop())
             stack.append(token)
             operand_next = True
         elif token == "!":
             output.append(token)
         elif token == ")" and "(" in stack:
-            while (top := stack.pop()) != "(":
-                output.append(top)
+            while stack[-1] != "(":
+                output.append(stack.pop())
+            stack.pop()
+            if stack and BINDING.get(stack[-1]) == 5:  # sqrt(4)! is (sqrt(4))!
+                output.append(stack.pop())
         else:
             raise ValueError(f"{token!r} where an operator should stand")
     if operand_next or "(" in stack:
@@ -996,7 +1033,7 @@ def to_postfix(tokens: list[str]) -> list[str]:
 
 
 def evaluate(postfix: list[str], operations: dict[str, Callable], atom: Callable):
-    """Value of a postfix list: `atom` makes a value of a numeral or a symbol, `operations` combine values."""
+    """Value of a postfix list: `atom` makes one of a numeral or symbol, `operations` combine."""
     stack = []
     for token in postfix:
         if token in operations:
@@ -1008,11 +1045,24 @@ def evaluate(postfix: list[str], operations: dict[str, Callable], atom: Callable
 
 
 def small_power(base: Fraction, exponent: Fraction) -> Fraction:
-    """base ** exponent for an integer exponent, refused before it is computed if the result were large."""
+    """base ** exponent if it is rational; refused before it is computed if it were large."""
     bits = base.numerator.bit_length() + base.denominator.bit_length()
-    if exponent.denominator != 1 or abs(exponent) * bits > MAX_BITS:
-        raise ValueError("a power that is not rational, or too large")
-    return base**exponent.numerator
+    if abs(exponent) * bits > MAX_BITS or (base == 0 and exponent <= 0):
+        raise ValueError("too large a power, or 0^0")
+    return exact_root(base, exponent.denominator) ** exponent.numerator
+
+
+def exact_root(value: Fraction, n: int) -> Fraction:
+    """The real n-th root of a rational number, if it is rational itself."""
+    if n == 1:
+        return value
+    if n > 64 or (value < 0 and n % 2 == 0):
+        raise ValueError("no rational root")
+    size = abs(value)
+    root = Fraction(round(size.numerator ** (1 / n)), round(size.denominator ** (1 / n)))
+    if root**n != size:  # also where the floats above were not exact
+        raise ValueError("no rational root")
+    return root if value >= 0 else -root
 
 
 def small_integer(value: Fraction) -> int:
@@ -1027,178 +1077,527 @@ ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
 ARITHMETIC |= {"neg": operator.neg, "pos": operator.pos}
 RATIONAL = ARITHMETIC | {
     "^": small_power,
+    "abs": abs,
+    "sqrt": lambda x: exact_root(x, 2),
     "!": lambda n: Fraction(math.factorial(small_integer(n))),
     "choose": lambda n, k: Fraction(math.comb(small_integer(n), small_integer(k))),
 }
 
 
-# ---------------------------------------------------------------------------------- equality of LaTeX answers
+# ------------------------------------------------------------------------ equality of LaTeX answers
+# An answer is cleaned (one spelling for each sign, \text{cm} becomes "cm"), then read by its form:
+# a list, an interval, a matrix, ... Parts are compared one by one, values exactly.
 
 
 def math_equal(gold: str, pred: str) -> bool:
-    """Whether two LaTeX answers are equal: as text, as exact rationals, element by element, or symbolically.
+    """Whether two LaTeX answers are equal. Nothing is rounded: 0.333 is not 1/3.
 
-    Nothing is rounded (0.333 is not 1/3). A percent sign is dropped, but 50% is also 0.5. Empty or unbalanced
-    text equals nothing. Tuples and intervals are ordered, sets and lists are not.
+    Names and units count where both have them: x = 5 cm is 5, but not y = 5 cm or 5 m. A percent
+    sign is dropped, but 50% is also 0.5. Tuples, intervals and matrices are ordered, lists and sets
+    are not. Empty, unbalanced or long text equals nothing.
 
-    >>> math_equal("\\\\frac{7}{3}", "2\\\\frac13"), math_equal("1,2", "2, 1"), math_equal("[0,1)", "(0,1)")
+    >>> math_equal("7/3", "2\\\\frac13"), math_equal("x=1,2", "2 or 1"), math_equal("0.33", "1/3")
     (True, True, False)
     """
-    gold, pred = normalise(gold), normalise(pred)  # the seconds are shared by all elements of the answer
-    return bool(gold and pred) and equal_elements(gold, pred, [SYMBOLIC_SECONDS])
+    gold, pred = clean(gold), clean(pred)  # the seconds are shared by all parts of the answer
+    return bool(gold and pred) and equal_answers(gold, pred, [SYMBOLIC_SECONDS])
 
 
-def equal_elements(gold: str, pred: str, seconds: list[float]) -> bool:
+def equal_answers(gold: str, pred: str, seconds: list[float]) -> bool:
+    """Equality of two cleaned answers, by their form."""
     if gold == pred:
         return True
-    (kind, left), (other_kind, right) = split_sequence(gold), split_sequence(pred)
-    if kind != other_kind or len(left) != len(right):
+    name, kind, left = read_form(gold, seconds)
+    other_name, other_kind, right = read_form(pred, seconds)
+    kinds = {kind, other_kind}
+
+    def equal(x: str, y: str) -> bool:
+        return equal_answers(x, y, seconds)
+
+    def each_has_a_partner(some: list[str], others: list[str]) -> bool:
+        return all(any(equal(x, y) for y in others) for x in some)
+
+    if kinds == {"set", "value"} and len(left) == len(right) == 1:
+        return equal(left[0], right[0])
+    if "equation" in kinds or (name and other_name and name != other_name):
+        one, other = difference(name, kind, left), difference(other_name, other_kind, right)
+        return bool(one and other) and (equal(one, other) or equal(one, f"-({other})"))
+    if kinds == {"union"} or ("set" in kinds and kinds <= {"set", "list"}):
+        return each_has_a_partner(left, right) and each_has_a_partner(right, left)
+    if len(left) != len(right):
         return False
-    if kind == "":
-        return equal_values(gold, pred, seconds)
-    if kind != "set":
-        return all(equal_elements(x, y, seconds) for x, y in zip(left, right, strict=True))
+    if kinds == {"list"}:
+        return any_order(left, right, equal)
+    if kinds == {"value"}:
+        return equal_values(left[0], right[0], seconds)
+    if kinds in ({"roots", "list"}, {"roots", "set"}):
+        return any_order(left, right, equal)
+    column, bound = f"matrix {len(left)}x1", re.search("[<>≤≥≠∞]", gold + pred)
+    vectors = {"()", column}, {"⟨⟩", column}, {"()", "⟨⟩"}
+    records = {"record", "()"}, {"record", "list"}  # x = 1, y = 2 against (1,2)
+    similar = len(kinds) == 1 or kinds in records or (kinds in vectors and not bound)
+    return similar and all(map(equal, left, right))
+
+
+def any_order(left: list[str], right: list[str], equal: Callable[[str, str], bool]) -> bool:
+    """Whether two lists of one length hold the same, each as often."""
+    rest = list(right)
     for x in left:  # equality is transitive, so the first partner that fits may be taken
-        partner = next((y for y in right if equal_elements(x, y, seconds)), None)
+        partner = next((y for y in rest if equal(x, y)), None)
         if partner is None:
             return False
-        right.remove(partner)
+        rest.remove(partner)
     return True
 
 
+def difference(name: str, kind: str, parts: list[str]) -> str:
+    """Left minus right, so that y = 2x + 1 is 2x + 1 = y and y - 2x = 1; "" of no equation."""
+    if kind == "equation":
+        return parts[0]
+    is_symbol = kind == "value" and re.fullmatch(r"\\?[A-Za-z]+", name)
+    return f"({name})-({parts[0]})" if is_symbol else ""
+
+
 def equal_values(gold: str, pred: str, seconds: list[float]) -> bool:
-    """Equality of two answers that are no sequences."""
-    if any(re.fullmatch(r"[A-Za-z ]{2,}", side) for side in (gold, pred)):  # words, not products
-        return gold.lower() == pred.lower()
+    """Equality of two single values, each perhaps with a unit or a percent sign."""
+    if any(re.fullmatch(PLAIN_WORDS, side) for side in (gold, pred)):  # words, not products
+        return gold.strip('"').lower() == pred.strip('"').lower()
+    (gold, unit), (pred, other_unit) = split_unit(gold), split_unit(pred)
+    if unit and other_unit and unit != other_unit:
+        return False
     percent = gold.endswith("%") - pred.endswith("%")
+    if percent and (unit or other_unit):
+        return False
     try:
         left, right = (to_postfix(math_tokens(side.removesuffix("%"))) for side in (gold, pred))
     except ValueError:
-        return False
+        return gold == pred
     try:
         x, y = (evaluate(side, RATIONAL, Fraction) for side in (left, right))
-    except (ValueError, ZeroDivisionError):  # a root, a symbol, pi
+    except (ValueError, ArithmeticError):  # a root, a symbol, pi
         return percent == 0 and symbolic_equal(left, right, seconds)
     share, number = (x, y) if percent >= 0 else (y, x)
     if percent and share == 100 * number:
         return True
-    return x == y and (not percent or abs(number) >= 1)  # MATH drops the sign, but 1/2% is not 1/2
+    return x == y and (not percent or abs(number) >= 1)  # MATH drops the sign; 1/2% is not 1/2
 
 
-def normalise(text: str | None) -> str:
-    """The answer without layout, units and left-hand side; "" if it is too long or its brackets do not match.
+# Cleaning. One sign stands for a LaTeX command: ∨ or, ∪ union, ∈ in, ± and ∓, ¤ dollar, relations;
+# "..." for words, ⟦1&2;3&4⟧ for a matrix.
 
-    >>> normalise("$x = \\\\dfrac12 \\\\text{ cm}^2$.")
-    '\\\\frac{1}{2}'
-    """
-    if text is None or len(text) > MAX_ANSWER:
-        return ""
-    text = text.strip()
-    for pattern, replacement in CLEANING:
-        text = re.sub(pattern, replacement, text)
-    return text if split_commas(text) else ""
-
-
-# a plain word after a number, if it is not a function: 5 square cm^2
-UNIT = r"(?!sqrt|sin|cos|tan|log|exp|mod|choose)(?:[A-Za-z]{3,}|[ckm]m|kg|ft|in|lb|of)(?:\^\{?[0-9]\}?)?"
+COMMANDS = {  # sign: the commands that it stands for
+    " ": "left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr hline quad qquad",
+    "\\frac": "dfrac tfrac cfrac", "\\binom": "dbinom tbinom",
+    "\\text": "textbf textit textrm textnormal mathrm mathbf mathit mathsf mbox operatorname",
+    "*": "cdot times ast", "/": "div", "±": "pm", "∓": "mp", "°": "degree", "∞": "infty",
+    "≤": "le leq leqslant", "≥": "ge geq geqslant", "≠": "ne neq", "<": "lt", ">": "gt",
+    "∪": "cup", "∈": "in", "∨": "lor vee", "∅": "emptyset varnothing", "|": "vert lvert rvert mid",
+    "\\{": "lbrace", "\\}": "rbrace", "⟨": "langle", "⟩": "rangle",
+}  # fmt: skip
+SIGN_OF = {name: sign for sign, names in COMMANDS.items() for name in names.split()}
+CHARACTERS = str.maketrans(
+    {"−": "-", "×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "\xa0": " ", "\u2009": " "}
+    | {"\u200b": "", "\ufeff": "", "`": " ", '"': " ", "²": "^2", "³": "^3"}
+    | {"π": "\\pi ", "θ": "\\theta "}
+)
+WRAPPERS = (  # around a whole answer
+    r"\\f?boxed\s*\{(.*)\}", r"\{(.*)\}", r"\*\*(.*)\*\*", r"\\\[(.*)\\\]", r"\\\((.*)\\\)",
+    r"\$+([^$]*)\$+", r"\[\s*['\"]([^'\"]*)['\"]\s*\]",
+    r"(?:\*\*)?(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?:\s*:|\s+is:?)(?:\*\*)?\s*(.*)",
+)  # fmt: skip
+MATRIX = r"\\begin\{([bpB]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?([^⟦⟧]*?)\\end\{\1\}"
+SHORT_UNIT = r"(?:[ckm]m|kg|m[lL]|ft|mi|oz|lb|mph|m/s|km/h)(?![A-Za-z])"
+UNIT_WORD = (
+    rf"(?!(?:sqrt|sin|cos|tan|log|exp|mod|choose|and|or)\b)(?:{SHORT_UNIT}|of|in|[A-Za-z]{{3,}})"
+    r"(?:\^\{?[23]\}?)?"
+)
+# 1,000 is a number unless it stands in brackets, where (1,000) would be a pair
+THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])(?![^(\[]*(?:[)\]]|\\\}))"
 CLEANING = (  # in this order
-    (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])|(?<!\\)\\!|\\?\$|(?<!\\)\\[()\[\]]", ""),
-    (r"(?<!\\)\\[,;: ]|~|\\quad", " "),
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\(?:cdot|times)(?![A-Za-z])", "*"),
-    ("\u2212", "-"),
-    ("\u03c0", r"\\pi "),
-    (r"\{,\}", ","),  # 1{,}000
-    (r"\^\{?\s*\\circ\s*\}?|\\degree|\u00b0", ""),
-    (r"\\%", "%"),
-    (r"[\s.,;]+$", ""),
-    (r"(?:(?<=[\d})])|(?<=pi))\s*\\(?:text|mathrm|mbox)\{[^{}]*\}(?:\^\{?\d\}?)?$", ""),  # 5\text{ cm}^2
-    (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\s+(?:and|or)\s+", ","),
-    (rf"^([-+]?[0-9][0-9.,/]*)(?: +{UNIT})+$", r"\1"),
-    # x = 5 and x \in [0,1], but not x = y = 5
-    (r"^\s*[A-Za-z](?:_\{?\w\}?|\([A-Za-z]\))?\s*(?:=|\\in(?![A-Za-z]))\s*(?=[^=]+$)", ""),
-    # 1,000 is a number unless it stands in brackets, where (1,000) would be a pair
-    (r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])(?![^(\[]*(?:[)\]]|\\\}))", lambda m: m[0].replace(",", "")),
-    (r"([_^])\{(\w)\}", r"\1\2"),
+    (r"(?<=\d)(?:\\[,!;]|\{,\}|,\\!|\u202f)(?=\d{3}(?!\d))", ""),  # 13\,535 and 1{,}000
+    (r"(?<!\\)\\!", ""),
+    (r"(?<=[\w)}])\s*\*\*\s*(?=[-\w({\\])", "^"),
+    (r"(?<!\\)\\[,;: ()\[\]]|\u202f|(?<=[\w}])~(?=[\\A-Za-z])", " "),
+    (r"\\\$", "¤"),
+    (r"\$([^$]*)\$", r" \1 "),  # a pair is mathematics, one alone is money
+    (r"(?<![\d.])[¤$£€]\s*([-+]?[\d.,]*\d)", lambda m: f'{m[1]}"{m[0][0]}"'),
+    (r"(?<=\d) ?([€£])\s*$", r'"\1"'),
+    ("<=", "≤"),
+    (">=", "≥"),
+    (r"\\not\s*=", "≠"),
+    ("∅", r"\\{\\}"),
+    (r"\^\s*\{?\s*(?:\\circ|°)\s*\}?", "°"),
+    (r"\\mathbb\s*\{?R\}?", "(-∞,∞)"),
+    (r"\\text\s*\{([^{}]*)\}", lambda m: mark_text(m[1])),
+    (r"(?:\s*,)?\s+and\s+", ","),
+    (r"(?:\s*,)?(?:\s+or\s+|\s*∨\s*)", "∨"),
+    (r'°\s*"?([CF])\b"?', r'"degree \1"'),
+    (r"°(?=\s*(?:[,∨)}\]\"]|$))", '"degree"'),
+    ("°", " "),
+    (r'\\%|"percent"|(?<=\d) ?percent\b', "%"),
+    (r"[\s,;:]*(?<!\.)\.?[\s,;:]*$", ""),
+    (rf"(?:(?<=\d) +|(?<=\d)(?={SHORT_UNIT})|(?<=\") *)({UNIT_WORD}(?: +{UNIT_WORD})*)(?=\s*(?:$|[,∨]))", r'"\1"'),
+    (THOUSANDS, lambda m: m[0].replace(",", "")),
+    (r"([_^])\{(\w)\}(?!\s*\d)", r"\1\2"),
     (r"\\(frac|binom)\s*(\d)", r"\\\1{\2}"),  # \frac12
     (r"(\\(?:frac|binom)\{[^{}]*\})\s*(\w)", r"\1{\2}"),
-    (r"\\sqrt(?:\s*(?=\d)|\s+)(\w)", r"\\sqrt{\1}"),
+    (r"√\s*(\d+|\w|\([^()]*\))", r"\\sqrt{\1}"),
+    (r"\\sqrt(?:\s*(?=\d)|\s+)(\w)(?!\d)", r"\\sqrt{\1}"),
+    (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}(?!\d)", lambda m: repeating_decimal(*m.groups())),
     (r"\s+", " "),
-    (r"(?<!\w) | (?!\w)", ""),  # a space stays only where it separates: 1 0 is not 10, \pi r is not \pir
-    (r"^\+|\+(?=\\infty)", ""),
+    (r"(?<!\w) | (?!\w)", ""),  # a space stays only where it separates: 1 0 is not 10
+    (r"^([-+]?[\d.]+)[eE]([-+]?\d{1,3})$", r"\1*10^{\2}"),
+    (r"^\+|\+(?=∞)", ""),
     (r"^\(([A-Z])\)$", r"\1"),  # the choice (A)
 )
 
 
-def split_sequence(text: str) -> tuple[str, list[str]]:
-    """Kind and elements of a list, set, tuple or interval; ("", []) for one value.
+def clean(text: str | None) -> str:
+    """The answer in one spelling; "" if it is too long or its brackets do not match.
 
-    >>> split_sequence("[0,1)"), split_sequence("(x-1)(x+1)"), split_sequence("2,3")
-    (('[)', ['0', '1']), ('', []), ('set', ['2', '3']))
+    >>> clean("$x = \\\\dfrac12 \\\\text{ cm}^2$.")
+    'x=\\\\frac{1}{2}"cm"^2'
     """
-    pieces = split_commas(text)
+    if text is None or len(text) > MAX_ANSWER:
+        return ""
+    text = unwrap(text).translate(CHARACTERS)
+    text = re.sub(r"\\(?:left|right)\s*\.", " ", text)
+    text = re.sub(r"\\([A-Za-z]+)", lambda m: SIGN_OF.get(m[1], m[0]), text)
+    text = re.sub(MATRIX, lambda m: mark_matrix(m[2]), text)
+    for pattern, replacement in CLEANING:
+        text = re.sub(pattern, replacement, text)
+    return unwrap(text) if split_at(text, ",") else ""
+
+
+def unwrap(text: str) -> str:
+    """The answer without what stands around the whole of it: a box, bold, $, Answer:, ['...']."""
+    before = None
+    while before != text:
+        before = text
+        for pattern in WRAPPERS:
+            match = re.fullmatch(pattern, text.strip(), re.DOTALL)
+            if match and split_at(match[1], ","):
+                text = match[1]
+    return text.strip()
+
+
+def mark_text(content: str) -> str:
+    """What stands in \\\\text: words in quotes; and, or and a comma behind them go on."""
+    joint = re.search(r"(?:,|\band|\bor)\s*$", content)
+    words = content[: joint.start()] if joint else content
+    words = words.strip(" ,.")
+    after = "" if not joint else "∨" if joint[0].startswith("or") else ","
+    is_word = re.fullmatch(r"[A-Za-z][^\d(]+|[mgshL]", words)
+    return (f'"{words}"' if is_word else f" {words} ") + after
+
+
+def mark_matrix(body: str) -> str:
+    rows = re.split(r"\\\\(?:\s*\[[^][]*\])?|\\cr(?![A-Za-z])", body)
+    cells = ["&".join(cell.strip() for cell in row.split("&")) for row in rows]
+    return f"⟦{';'.join(cells).strip(' ;')}⟧"
+
+
+def repeating_decimal(whole: str, digits: str, cycle: str) -> str:
+    """0.1666..., given as "0", "1", "6", as a fraction."""
+    start = int(whole + digits or "0")
+    top = int(whole + digits + cycle) - start
+    return f"({top}/{10 ** len(digits) * (10 ** len(cycle) - 1)})"
+
+
+# Units. Any words after a number are one, unless they carry value.
+
+SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12}
+SCALES |= {"trillion": 10**12}
+NO_UNIT = {  # these words carry value, or take it back
+    *"about above all almost always and approximately around as at below but cannot crore cube cubed "
+    "double exactly except false fewer gross half halves has hence incorrect is its less least "
+    "maybe minus more most negative never no none nor not of or otherwise over perhaps plus point "
+    "power quarter ratio root short sometimes squared than that the third this time times to triple "
+    "twice under unless up versus was when without wrong zero one two three four five six seven "
+    "eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety score".split()
+}
+FRACTION_WORD = (
+    r".*(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|teen|tie|hundred|thousand|illion)th"
+    r"|.*teen|.*illion|third|quarter|lakh"
+)
+UNIT_NAMES = {  # name: its other spellings
+    "hour": "hr h", "minute": "min", "second": "sec s", "millimeter": "mm millimetre",
+    "centimeter": "cm centimetre", "meter": "m metre", "kilometer": "km kilometre",
+    "inch": "in inche", "foot": "ft feet", "mile": "mi", "mile / hour": "mph", "/": "per",
+    "gram": "g", "kilogram": "kg", "liter": "l litre", "dollar": "¤ $ usd", "euro": "€",
+    "pound": "lb", "sterling": "£", "milliliter": "ml", "meter / second": "m/s",
+    "kilometer / hour": "km/h", "people": "person", "child": "children", "man": "men",
+}  # fmt: skip
+UNITS = {*UNIT_NAMES, *"¤$£€c f day week month year cup quart pint gallon ounce ton cent radian".split()}
+UNITS |= {*"unit degree square cubic yard ampere volt watt joule newton".split()} | {*"¤$£€"}
+UNIT_OF = {other: name for name, others in UNIT_NAMES.items() for other in others.split()}
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    """A value and its unit: '5"cm"^2' is ("5", "centimeter ^2"), '2"dozen"' is ("2*12", "")."""
+    match = re.fullmatch(r'([^"]*[^"\s])((?:"[^"]*"(?:\^[23])?[*/]?)+)', text)
+    if not match:
+        return text, ""
+    value, words, power = match[1], [], []
+    tokens = re.findall(r"\^\d|m/s|km/h|[a-z]+|[^a-z\s\".*{}]", match[2].lower())
+    for word in tokens:
+        singular = word.removesuffix("s") if len(word) > 2 else word
+        name = UNIT_OF.get(word, UNIT_OF.get(singular, singular))
+        if name in SCALES:
+            is_number = value.replace(".", "").isdigit()
+            value = f"{value}*{SCALES[name]}" if is_number else f"({value})*{SCALES[name]}"
+        elif word in NO_UNIT or singular in NO_UNIT or re.fullmatch(FRACTION_WORD, singular):
+            return text, ""
+        elif name in ("square", "sq", "cubic"):
+            power = ["^3" if name == "cubic" else "^2"]
+        else:
+            words, power = [*words, name, *power], []
+    last = [word for word in tokens if not re.fullmatch(r"\^\d|/", word)][-1:]
+    is_unit = last and (last[0].endswith("s") or last[0] in {*UNIT_OF, *UNITS, *SCALES})
+    trigonometric = "degree" in words and re.search("sin|cos|tan", value)
+    if not is_unit or power or words[:1] in (["^2"], ["^3"]) or trigonometric:
+        return text, ""
+    return value, " ".join(words)
+
+
+# Forms
+
+GREEK = "alpha beta gamma delta epsilon theta phi lambda mu omega".split()
+SYMBOL = rf"(?:[A-Za-z](?![A-Za-z])|\\(?:{'|'.join(GREEK)})|[A-Za-z]{{4,}}|\"[A-Za-z]+\")"
+NAME = (  # of what an answer gives: x, x_1, f(2), P(A), (x,y), "Area"
+    rf"(?:m?\\angle ?)?{SYMBOL}(?:_\w|_\{{[\w,]*\}}|')*|m?\\angle ?[A-Z]{{3}}|\\overline\{{[A-Z]+\}}"
+    rf"|[fghFGP](?:\^\{{-1\}})?\((?:-?[\d.]+|[A-Za-z][^()=<>+*]*)\)|\({SYMBOL}(?:,{SYMBOL})+\)"
+)
+PLAIN_WORDS = r'"[^"]*"|[Nn]o|[Oo]n|(?=.{3})[A-Za-z]+(?: [A-Za-z]+)*'
+SETS = {"<": "(-∞,{})", "≤": "(-∞,{}]", ">": "({},∞)", "≥": "[{},∞)", "≠": "(-∞,{0})∪({0},∞)"}
+
+
+def read_form(text: str, seconds: list[float]) -> tuple[str, str, list[str]]:
+    """Name, kind and parts of a cleaned answer.
+
+    >>> read_form("x=1,x=2", [0.0]), read_form("x>3", [0.0])
+    (('x', 'list', ['1', '2']), ('x', '()', ['3', '∞']))
+    """
+    choices = split_at(text, "∨")
+    elements = [element for choice in choices for element in split_at(choice, ",")]
+    if len(elements) > 1:
+        return read_list(choices, elements)
+    name, bounds = inequality(text)
+    if name:
+        return name, *read_brackets(bounds)
+    name, value = split_name(text, seconds)
+    if name:
+        _, kind, parts = read_form(value, seconds)
+        names = name.strip("()").split(",")
+        if name[0] == "(" and len(names) == len(parts):
+            return read_list([""], [f"{n}={part}" for n, part in zip(names, parts, strict=True)])
+        return name, kind, parts
+    sides = split_at(value, "=")
+    if len(sides) == 2 and all(sides):
+        return "", "equation", [f"({sides[0]})-({sides[1]})"]
+    return "", *read_brackets(value)
+
+
+def read_brackets(text: str) -> tuple[str, list[str]]:
+    """Kind and parts of a set, union, matrix, tuple, interval, of two values with ±, or of one."""
+    pieces = split_at(text, "∪")
     if len(pieces) > 1:
-        return "set", pieces
+        return "union", pieces
     if text.startswith("\\{") and text.endswith("\\}"):
-        return "set", split_commas(text[2:-2])
-    inner = split_commas(text[1:-1])
-    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(inner) > 1:
+        return "set", both_signs(split_at(text[2:-2], ","))
+    matrix = re.fullmatch(r"\(⟦([^⟦⟧]*)⟧\)|\[⟦([^⟦⟧]*)⟧\]|⟦([^⟦⟧]*)⟧", text)
+    if matrix:
+        rows = [row.split("&") for row in (matrix[1] or matrix[2] or matrix[3] or "").split(";")]
+        shape = "x".join(str(len(row)) for row in rows) if len({*map(len, rows)}) > 1 else ""
+        shape = shape or f"{len(rows)}x{len(rows[0])}"
+        return f"matrix {shape}", [cell for row in rows for cell in row]
+    inner = split_at(text[1:-1], ",")
+    if len(inner) > 1 and text[0] in "([⟨" and text[-1] in ")]⟩":
         return text[0] + text[-1], inner
-    return "", []
+    both = both_signs([text])
+    return ("list", both) if len(both) > 1 else ("value", both)
 
 
-def split_commas(text: str) -> list[str]:
-    """Pieces between the commas outside brackets; [] for no text and for unmatched or too deep brackets."""
+def both_signs(elements: list[str]) -> list[str]:
+    """Elements with one ± or ∓ become two; two in one element stay: which belongs to which?"""
+    found = []
+    for element in elements:
+        signs = re.findall("[±∓]", element)
+        found += [element.replace(signs[0], s) for s in "+-"] if len(signs) == 1 else [element]
+    return found
+
+
+def read_list(choices: list[str], elements: list[str]) -> tuple[str, str, list[str]]:
+    """x < 1 or x > 2 is a union, a = 1, b = 2 a record, anything else a list."""
+    if len(choices) > 1 and all(re.search("[<>≤≥≠]", choice) for choice in choices):
+        names, sets = zip(*(inequality(choice) for choice in choices), strict=True)
+        if len({*names}) == 1 and all(sets):
+            return names[0], *read_brackets("∪".join(sets))
+    if len(choices) > 1 and len(split_at(choices[-1], ",")) > 1:  # pairs of values
+        return "", "list", choices
+    pairs, last = [], ""
+    for element in both_signs(elements):
+        name, value = split_name(element, [0.0])
+        if not name and last and not re.search("[=∈<>≤≥≠]", element):
+            name = last  # x = 1, 2
+        pairs.append((name, value))
+        last = name
+    names = [name for name, _ in pairs]
+    if len({*names}) == 1:
+        return names[0], "list", [value for _, value in pairs]
+    if not all(names):
+        return "", "list", both_signs(elements)
+    if len({*names}) < len(names) or len(choices) > 1:  # x = 1 or y = 2
+        return "", "value", ["∨".join(choices)]
+    letters = {re.sub(r"_(\w|\{\w*\})$", "", name) for name in names}
+    kind = "roots" if len(letters) == 1 else "record"  # x_1 and x_2 are two values of x
+    return f"({','.join(sorted(names))})", kind, [value for _, value in sorted(pairs)]
+
+
+def split_name(text: str, seconds: list[float]) -> tuple[str, str]:
+    """The name of a value and the value, also of 5 = x and of a true chain, x = 2 + 3 = 5."""
+    parts = split_at(text, "=∈")
+    if len(parts) < 2 or not all(parts):
+        return "", text
+    if len(parts) == 2 and re.fullmatch(NAME, parts[1]) and not re.fullmatch(NAME, parts[0]):
+        parts.reverse()
+    name = parts.pop(0) if re.fullmatch(NAME, parts[0]) else ""
+    letters = re.sub(r'\\[a-z]+|"[^"]*"', "", " ".join(parts))
+    if name and (name in letters or name.strip('"').lower() in NO_UNIT):  # x = 2x + 1
+        return "", text
+    is_pair = parts[-1].startswith("(") or not name.startswith("(")
+    same_sign = len({part.endswith("%") for part in parts}) == 1
+    if is_pair and same_sign and all(equal_answers(part, parts[-1], seconds) for part in parts[:-1]):
+        return name, parts[-1]
+    return "", text
+
+
+def inequality(text: str) -> tuple[str, str]:
+    """Name and set: x > 3 is ("x", "(3,∞)"); two empty texts if it is no bound of one name."""
+    parts, signs = split_at(text, "<>≤≥≠"), re.findall("[<>≤≥≠]", text)
+    if not signs or len(parts) != len(signs) + 1 or not all(parts):
+        return "", ""
+    names = [re.fullmatch(NAME, part) is not None for part in parts]
+    if names == [False, True] or (len(parts) == 3 and {*signs} <= {">", "≥"}):  # mirror it
+        parts, names = parts[::-1], names[::-1]
+        signs = ["><≥≤≠"["<>≤≥≠".index(sign)] for sign in reversed(signs)]
+    if names == [True, False]:
+        return parts[0], SETS[signs[0]].format(parts[1])
+    if names == [False, True, False] and {*signs} <= {"<", "≤"}:
+        start, end = "(" if signs[0] == "<" else "[", ")" if signs[1] == "<" else "]"
+        return parts[1], f"{start}{parts[0]},{parts[2]}{end}"
+    return "", ""
+
+
+def split_at(text: str, marks: str) -> list[str]:
+    """Pieces between the marks outside brackets; [] for no text or unmatched or deep brackets."""
     pieces, depth = [""], 0
     for character in text:
-        depth += (character in "([{") - (character in ")]}")
+        depth += (character in "([{⟦⟨") - (character in ")]}⟧⟩")
         if not 0 <= depth <= 20:
             return []
-        if character == "," and depth == 0:
+        if character in marks and depth == 0:
             pieces.append("")
         else:
             pieces[-1] += character
     return [piece.strip() for piece in pieces] if text and depth == 0 else []
 
 
+# Values
+
+
+def mixed_number(match: re.Match) -> str:
+    """2 1/3 as (2+1/3); 5 6/6 stays, two numbers side by side, which is no expression."""
+    whole, top, bottom = match.groups()
+    return f"({whole}+{top}/{bottom})" if 0 < int(top) < int(bottom) else match[0]
+
+
 LATEX = (  # innermost braces first, repeated until nothing changes
-    (r"(?<![\w.^_}])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)"),  # mixed number 2\frac13
-    (r"(?<![\w.^_}])(\d+) (\d+)/(\d+)(?![\w.])", r"(\1+\2/\3)"),
+    (r"(?<![\w.^_}/])(?<!\d )(\d+) ?\\frac\{(\d+)\}\{(\d+)\}", mixed_number),  # 2\frac13
+    (r"(?<![\w.^_}/])(?<!\d )(\d+) (\d+)/(\d+)(?![\w.])", mixed_number),
     (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"),
     (r"\\binom\{([^{}]*)\}\{([^{}]*)\}", r"((\1) choose (\2))"),
     (r"\\sqrt\[([^][{}]*)\]\{([^{}]*)\}", r"((\2)^(1/(\1)))"),
     (r"\\sqrt\{([^{}]*)\}", r" sqrt(\1)"),
+    (r"\\log_(\w)", r"\\log_{\1}"),
+    (r"\\(sin|cos|tan|ln|log)\^(\d)", r"\\\1^{\2}"),
+    (r"\|([^|]*)\|", r" abs(\1)"),
     (r"\^\{([^{}]*)\}", r"^(\1)"),
 )
-NUMERAL = r"[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?|\.[0-9]+"
-NAMES = set(PREFIX) | set(INFIX) | set("pi alpha beta gamma theta phi lambda omega".split())
+NUMERAL = r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
+NAMES = {*PREFIX, *INFIX, "pi", *GREEK}
 
 
 def math_tokens(text: str) -> list[str]:
-    """Infix tokens of a LaTeX expression with the silent * made explicit; ValueError outside the whitelist.
+    """Infix tokens of a LaTeX expression with the silent * and brackets of functions made explicit.
 
-    >>> math_tokens("2\\\\sqrt{3}x")
-    ['2', '*', 'sqrt', '(', '3', ')', '*', 'x']
+    ValueError outside the whitelist.
+
+    >>> math_tokens("2\\\\sqrt{3}x"), math_tokens("\\\\ln 2x")
+    (['2', '*', 'sqrt', '(', '3', ')', '*', 'x'], ['ln', '(', '2', '*', 'x', ')'])
     """
     before = None
     while before != text:
         before = text
         for pattern, replacement in LATEX:
             text = re.sub(pattern, replacement, text)
-    text = text.replace("{", "(").replace("}", ")")
-    words = re.findall(rf"{NUMERAL}|\\?[A-Za-z]+|[-+*/^()!]", text)
-    if len(words) > 300 or "".join(words) != text.replace(" ", ""):
+    braces, text = text, text.replace("{", "(").replace("}", ")")
+    words = re.findall(rf"{NUMERAL}|\\?[A-Za-z]+|[-+*/^()!_]", text)
+    if len(words) > 300 or "".join(words) != text.replace(" ", "") or re.search(r"\d\{", braces):
         raise ValueError("too many tokens, or one that is not in the grammar")
-    tokens = []
-    for word in itertools.chain.from_iterable(map(split_word, words)):
-        if tokens and tokens[-1] not in INFIX and tokens[-1] not in PREFIX and tokens[-1] != "(":
-            if word[0] in "0123456789." and tokens[-1][-1] in "0123456789":
-                raise ValueError("two numerals side by side")
+    tokens: list[str] = []
+    for word in bracket_arguments([part for word in words for part in split_word(word)]):
+        last = tokens[-1] if tokens else "("
+        if last not in INFIX and last not in PREFIX and last != "(":
+            is_numeral = word[0] in "0123456789."
+            if (is_numeral and last[-1].isalnum()) or (word == "(" and last in ("f", "g", "h", "P")):
+                raise ValueError("numerals side by side, x2, or f(2), which is no product")
             if word not in INFIX and word not in (")", "!"):
                 tokens.append("*")
+        if word == "_" or (word == last == "!"):
+            raise ValueError("an index, or a double factorial")
         tokens.append(word)
     return tokens
+
+
+def bracket_arguments(words: list[str]) -> list[str]:
+    """sin 2 x as sin(2x), sin^2 x as (sin(x))^2 and log_2 x as (ln(x)/ln(2)).
+
+    An argument without brackets runs to the next sign, bracket or function.
+    """
+    out, i = [], 0
+    while i < len(words):
+        word, i = words[i], i + 1
+        if word not in FUNCTIONS:
+            out.append(word)
+            continue
+        mark = words[i] if words[i : i + 1] in (["^"], ["_"]) else ""
+        if mark:
+            i, index = group(words, i + 1)
+        if words[i : i + 1] == ["("]:
+            i, argument = group(words, i)
+        else:
+            start = i
+            while i < len(words) and (words[i] not in [*"+-*/()!", *FUNCTIONS] or i == start):
+                i = group(words, i + 1)[0] if words[i] == "^" else i + 1
+            argument = ["(", *words[start:i], ")"]
+        argument = [word, *bracket_arguments(argument)]
+        if mark == "_" and word == "log":
+            argument = ["(", "ln", *argument[1:], "/", "ln", *index, ")"]
+        elif mark:
+            argument = ["(", *argument, ")", "^", *index]
+        out += argument
+    return out
+
+
+def group(words: list[str], start: int) -> tuple[int, list[str]]:
+    """The bracket that begins at `start`, and where it ends; or the one word there."""
+    depth = 0
+    for i in range(start, len(words)):
+        depth += (words[i] == "(") - (words[i] == ")")
+        if depth == 0:
+            return i + 1, words[start : i + 1]
+    raise ValueError("an open bracket")
 
 
 def split_word(word: str) -> list[str]:
@@ -1211,9 +1610,10 @@ def split_word(word: str) -> list[str]:
     return list(name)
 
 
-# ------------------------------------------------------------------------------------------- symbolic stage
-# sympy runs in a child process: this file, started by its path, so that the user's script is never run again.
-# To a line of JSON [postfix, postfix, seconds] it replies "r", which starts the clock, and then "1" or "0".
+# ----------------------------------------------------------------------------------- symbolic stage
+# sympy runs in a child process: this file, started by its path, so that the user's script is never
+# run again. To a line of JSON [postfix, postfix, seconds] it replies "r", which starts the clock,
+# and then "1" or "0".
 
 SYMBOLIC_SECONDS = 1.5  # per answer; a hundredth is enough for most
 symbolic_timeouts = 0  # answers judged wrong because the child was late or died
@@ -1222,7 +1622,7 @@ _one_request = threading.Lock()
 
 
 def symbolic_equal(left: list[str], right: list[str], seconds: list[float]) -> bool:
-    """The child's verdict; False when it needs more than seconds[0], which is reduced by what was used."""
+    """The child's verdict; False when it needs more than seconds[0], which loses what was used."""
     global symbolic_timeouts
     if seconds[0] <= 0:
         return False
@@ -1231,12 +1631,12 @@ def symbolic_equal(left: list[str], right: list[str], seconds: list[float]) -> b
         try:
             child.stdin.write(json.dumps([left, right, seconds[0]]).encode() + b"\n")
             if child.stdout.read(1) != b"r":  # not timed: the child imports sympy first
-                raise OSError(f"the symbolic stage does not start; to see why: {' '.join(child.args)}")
+                raise OSError(f"the symbolic stage does not start: {' '.join(child.args)}")
             started = time.monotonic()
             verdict = child.stdout.read(1)
             seconds[0] -= time.monotonic() - started
         finally:
-            if not verdict:  # late or dead; or Ctrl-C: a reply left in the pipe would answer the next request
+            if not verdict:  # late, dead or Ctrl-C: no reply may be left for the next request
                 child.kill()
                 child.wait()
         if not verdict:
@@ -1249,23 +1649,21 @@ def running_child() -> Popen:
     child = _children.get(os.getpid())
     if child is None or child.poll() is not None:
         command = [sys.executable, os.path.abspath(__file__), "--symbolic-child"]
-        # Not in our process group: Ctrl-C is for the script, which goes on to save. bufsize 0: no byte waits.
-        child = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, bufsize=0, start_new_session=True)
-        _children[os.getpid()] = child
+        # not in our process group: Ctrl-C is for the script, which goes on to save
+        pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "bufsize": 0}
+        child = _children[os.getpid()] = Popen(command, **pipes, start_new_session=True)
     return child
 
 
 def serve_symbolic() -> None:
-    """The child's loop; it ends with its input, that is with its parent, or when a request takes too long."""
-    faulthandler.dump_traceback_later(60, exit=True)  # a thread in C: it also ends a huge multiplication
-    try:
+    """The child's loop; it ends with its input, that is with its parent, or when it is late."""
+    faulthandler.dump_traceback_later(60, exit=True)  # a thread in C: it also ends a huge product
+    if sys.platform == "linux":
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
-    except (ImportError, OSError, ValueError):
-        pass  # not on this system
     operations, atom = sympy_grammar()
-    postfix = to_postfix(math_tokens("sqrt(x^2-1)-1"))  # warms up: sympy imports more on first use
+    postfix = to_postfix(math_tokens("sqrt(x^2-1)-1"))  # sympy imports more on first use
     is_zero(evaluate(postfix, operations, atom))
     faulthandler.cancel_dump_traceback_later()
     for line in sys.stdin:
@@ -1273,7 +1671,8 @@ def serve_symbolic() -> None:
         faulthandler.dump_traceback_later(seconds, exit=True)
         os.write(1, b"r")
         try:
-            verdict = is_zero(evaluate(left, operations, atom) - evaluate(right, operations, atom))
+            left, right = (evaluate(side, operations, atom) for side in (left, right))
+            verdict = is_zero(left - right)
         except (ArithmeticError, AttributeError, MemoryError, RuntimeError, TypeError, ValueError):
             verdict = False
         faulthandler.cancel_dump_traceback_later()
@@ -1281,13 +1680,14 @@ def serve_symbolic() -> None:
 
 
 def is_zero(difference) -> bool:
-    """Whether a sympy expression is 0: tried at one point, which settles most wrong answers, then proved."""
-    point = {x: Fraction(10 + i, 7) for i, x in enumerate(sorted(difference.free_symbols, key=str))}
+    """Whether a sympy expression is 0: tried at one point, which settles most, then proved."""
+    symbols = sorted(difference.free_symbols, key=str)
+    point = {x: Fraction(10 + i, 7) for i, x in enumerate(symbols)}
     return not abs(difference.subs(point).evalf(30)) > 1e-15 and difference.equals(0) is True
 
 
 def sympy_grammar() -> tuple[dict[str, Callable], Callable]:
-    """Operations and atoms of sympy for `evaluate`: everything that an answer can make sympy do."""
+    """Operations and atoms of sympy for `evaluate`: everything that an answer can make it do."""
     import sympy
 
     def atom(token: str) -> sympy.Expr:
@@ -1296,16 +1696,19 @@ def sympy_grammar() -> tuple[dict[str, Callable], Callable]:
         return {"pi": sympy.pi, "e": sympy.E, "i": sympy.I}.get(token) or sympy.Symbol(token)
 
     def power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
-        bits = 20 if base.is_Atom else 1000  # (x+y+z)^n grows fast: n at most 20, but 1000 in x^n
+        bits = 20 if base.is_Atom else 1000  # (x+y+z)^n grows fast: n at most 20, 1000 in x^n
         if base.is_Rational:
             bits = base.p.bit_length() + base.q.bit_length()
-        if exponent.is_Rational and abs(exponent) * bits > MAX_BITS:
-            raise ValueError("too large a power")
+        if exponent.is_Rational and (abs(exponent) * bits > MAX_BITS or base == exponent == 0):
+            raise ValueError("too large a power, or 0^0")
+        if base.is_negative and exponent.is_Rational and exponent.q % 2 and exponent.q > 1:
+            return (-1) ** exponent.p * (-base) ** exponent  # the real root of a negative number
         return base**exponent
 
-    operations = {name: getattr(sympy, name) for name in "sqrt sin cos tan exp".split()}
-    operations |= {"ln": sympy.log, "log": lambda x: sympy.log(x, 10), "^": power}
-    operations["!"] = lambda n: sympy.factorial(small_integer(n))
+    operations = {name: getattr(sympy, name) for name in "sqrt sin cos tan cot sec csc exp".split()}
+    operations |= {"arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan}
+    operations |= {"ln": sympy.log, "log": lambda x: sympy.log(x, 10), "abs": sympy.Abs}
+    operations |= {"^": power, "!": lambda n: sympy.factorial(small_integer(n))}
     operations["choose"] = lambda n, k: sympy.binomial(small_integer(n), small_integer(k))
     return ARITHMETIC | operations, atom
 
