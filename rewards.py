@@ -228,7 +228,7 @@ def number_text(text: str) -> str:
 
 PLAIN_NUMBER = (  # at most 40 digits each
     r"[-+]?(?:[0-9]{1,40}(?:\.[0-9]{1,40})?|\.[0-9]{1,40})"
-    r"(?:/[0-9]{1,40}|\*10\^\{?-?[0-9]{1,2}\}?|\*1[02]0*)?"
+    r"(?:/[0-9]{1,40}|\*10\^\{?-?[0-9]{1,2}\}?)?"
     r"|[-+]?\\frac\{[0-9]{1,40}\}\{[0-9]{1,40}\}"
 )
 
@@ -1045,24 +1045,11 @@ def evaluate(postfix: list[str], operations: dict[str, Callable], atom: Callable
 
 
 def small_power(base: Fraction, exponent: Fraction) -> Fraction:
-    """base ** exponent if it is rational; refused before it is computed if it were large."""
+    """base ** exponent for an integer; refused before it is computed if the result were large."""
     bits = base.numerator.bit_length() + base.denominator.bit_length()
-    if abs(exponent) * bits > MAX_BITS or (base == 0 and exponent <= 0):
-        raise ValueError("too large a power, or 0^0")
-    return exact_root(base, exponent.denominator) ** exponent.numerator
-
-
-def exact_root(value: Fraction, n: int) -> Fraction:
-    """The real n-th root of a rational number, if it is rational itself."""
-    if n == 1:
-        return value
-    if n > 64 or (value < 0 and n % 2 == 0):
-        raise ValueError("no rational root")
-    size = abs(value)
-    root = Fraction(round(size.numerator ** (1 / n)), round(size.denominator ** (1 / n)))
-    if root**n != size:  # also where the floats above were not exact
-        raise ValueError("no rational root")
-    return root if value >= 0 else -root
+    if exponent.denominator != 1 or abs(exponent) * bits > MAX_BITS or base == exponent == 0:
+        raise ValueError("a power that is not rational, too large, or 0^0")
+    return base**exponent.numerator
 
 
 def small_integer(value: Fraction) -> int:
@@ -1078,7 +1065,6 @@ ARITHMETIC |= {"neg": operator.neg, "pos": operator.pos}
 RATIONAL = ARITHMETIC | {
     "^": small_power,
     "abs": abs,
-    "sqrt": lambda x: exact_root(x, 2),
     "!": lambda n: Fraction(math.factorial(small_integer(n))),
     "choose": lambda n, k: Fraction(math.comb(small_integer(n), small_integer(k))),
 }
@@ -1094,7 +1080,7 @@ def math_equal(gold: str, pred: str) -> bool:
 
     Names and units count where both have them: x = 5 cm is 5, but not y = 5 cm or 5 m. A percent
     sign is dropped, but 50% is also 0.5. Tuples, intervals and matrices are ordered, lists and sets
-    are not. Empty, unbalanced or long text equals nothing.
+    are not. Empty, unbalanced or long text equals nothing, and so does a form that is not read.
 
     >>> math_equal("7/3", "2\\\\frac13"), math_equal("x=1,2", "2 or 1"), math_equal("0.33", "1/3")
     (True, True, False)
@@ -1114,59 +1100,35 @@ def equal_answers(gold: str, pred: str, seconds: list[float]) -> bool:
     def equal(x: str, y: str) -> bool:
         return equal_answers(x, y, seconds)
 
-    def each_has_a_partner(some: list[str], others: list[str]) -> bool:
-        return all(any(equal(x, y) for y in others) for x in some)
-
-    if kinds == {"set", "value"} and len(left) == len(right) == 1:
-        return equal(left[0], right[0])
-    if "equation" in kinds or (name and other_name and name != other_name):
-        one, other = difference(name, kind, left), difference(other_name, other_kind, right)
-        return bool(one and other) and (equal(one, other) or equal(one, f"-({other})"))
-    if kinds == {"union"} or ("set" in kinds and kinds <= {"set", "list"}):
-        return each_has_a_partner(left, right) and each_has_a_partner(right, left)
+    if name and other_name and name != other_name:
+        return False
+    if kinds in ({"set"}, {"union"}, {"set", "list"}, {"set", "value"}):  # repetitions are nothing
+        found = all(any(equal(x, y) for y in right) for x in left)
+        return found and all(any(equal(x, y) for x in left) for y in right)
     if len(left) != len(right):
         return False
-    if kinds == {"list"}:
-        return any_order(left, right, equal)
     if kinds == {"value"}:
         return equal_values(left[0], right[0], seconds)
-    if kinds in ({"roots", "list"}, {"roots", "set"}):
-        return any_order(left, right, equal)
-    column, bound = f"matrix {len(left)}x1", re.search("[<>≤≥≠∞]", gold + pred)
-    vectors = {"()", column}, {"⟨⟩", column}, {"()", "⟨⟩"}
-    records = {"record", "()"}, {"record", "list"}  # x = 1, y = 2 against (1,2)
-    similar = len(kinds) == 1 or kinds in records or (kinds in vectors and not bound)
-    return similar and all(map(equal, left, right))
-
-
-def any_order(left: list[str], right: list[str], equal: Callable[[str, str], bool]) -> bool:
-    """Whether two lists of one length hold the same, each as often."""
-    rest = list(right)
-    for x in left:  # equality is transitive, so the first partner that fits may be taken
-        partner = next((y for y in rest if equal(x, y)), None)
-        if partner is None:
-            return False
-        rest.remove(partner)
-    return True
-
-
-def difference(name: str, kind: str, parts: list[str]) -> str:
-    """Left minus right, so that y = 2x + 1 is 2x + 1 = y and y - 2x = 1; "" of no equation."""
-    if kind == "equation":
-        return parts[0]
-    is_symbol = kind == "value" and re.fullmatch(r"\\?[A-Za-z]+", name)
-    return f"({name})-({parts[0]})" if is_symbol else ""
+    if kinds in ({"list"}, {"equation"}):  # in any order
+        for x in left:  # equality is transitive, so the first partner that fits may be taken
+            partner = next((y for y in right if equal(x, y)), None)
+            if partner is None:
+                return False
+            right.remove(partner)
+        return True
+    no_interval = not re.search("[<>≤≥≠∞]", gold + pred)
+    vector = kinds == {"()", f"matrix {len(left)}x1"} and no_interval
+    record = kinds in ({"record", "()"}, {"record", "list"})  # x = 1, y = 2 against (1, 2)
+    return (len(kinds) == 1 or vector or record) and all(map(equal, left, right))
 
 
 def equal_values(gold: str, pred: str, seconds: list[float]) -> bool:
     """Equality of two single values, each perhaps with a unit or a percent sign."""
-    if any(re.fullmatch(PLAIN_WORDS, side) for side in (gold, pred)):  # words, not products
+    if re.fullmatch(PLAIN_WORDS, gold) or re.fullmatch(PLAIN_WORDS, pred):  # no products
         return gold.strip('"').lower() == pred.strip('"').lower()
     (gold, unit), (pred, other_unit) = split_unit(gold), split_unit(pred)
-    if unit and other_unit and unit != other_unit:
-        return False
     percent = gold.endswith("%") - pred.endswith("%")
-    if percent and (unit or other_unit):
+    if (unit and other_unit and unit != other_unit) or (percent and (unit or other_unit)):
         return False
     try:
         left, right = (to_postfix(math_tokens(side.removesuffix("%"))) for side in (gold, pred))
@@ -1174,7 +1136,7 @@ def equal_values(gold: str, pred: str, seconds: list[float]) -> bool:
         return gold == pred
     try:
         x, y = (evaluate(side, RATIONAL, Fraction) for side in (left, right))
-    except (ValueError, ArithmeticError):  # a root, a symbol, pi
+    except (ValueError, ZeroDivisionError):  # a root, a symbol, pi
         return percent == 0 and symbolic_equal(left, right, seconds)
     share, number = (x, y) if percent >= 0 else (y, x)
     if percent and share == 100 * number:
@@ -1187,18 +1149,18 @@ def equal_values(gold: str, pred: str, seconds: list[float]) -> bool:
 
 COMMANDS = {  # sign: the commands that it stands for
     " ": "left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr hline quad qquad",
-    "\\frac": "dfrac tfrac cfrac", "\\binom": "dbinom tbinom",
+    "\\frac": "dfrac tfrac cfrac", "\\binom": "dbinom tbinom", "(": "langle", ")": "rangle",
     "\\text": "textbf textit textrm textnormal mathrm mathbf mathit mathsf mbox operatorname",
     "*": "cdot times ast", "/": "div", "±": "pm", "∓": "mp", "°": "degree", "∞": "infty",
     "≤": "le leq leqslant", "≥": "ge geq geqslant", "≠": "ne neq", "<": "lt", ">": "gt",
-    "∪": "cup", "∈": "in", "∨": "lor vee", "∅": "emptyset varnothing", "|": "vert lvert rvert mid",
-    "\\{": "lbrace", "\\}": "rbrace", "⟨": "langle", "⟩": "rangle",
+    "∪": "cup", "∈": "in", "∨": "lor vee", "|": "vert lvert rvert mid", "\\{": "lbrace",
+    "\\}": "rbrace", "\\{\\}": "emptyset varnothing",
 }  # fmt: skip
 SIGN_OF = {name: sign for sign, names in COMMANDS.items() for name in names.split()}
 CHARACTERS = str.maketrans(
     {"−": "-", "×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "\xa0": " ", "\u2009": " "}
-    | {"\u200b": "", "\ufeff": "", "`": " ", '"': " ", "²": "^2", "³": "^3"}
-    | {"π": "\\pi ", "θ": "\\theta "}
+    | {"`": " ", '"': " ", "²": "^2", "³": "^3", "π": "\\pi ", "θ": "\\theta ", "∅": "\\{\\}"}
+    | {"\u200b": "", "\ufeff": ""}
 )
 WRAPPERS = (  # around a whole answer
     r"\\f?boxed\s*\{(.*)\}", r"\{(.*)\}", r"\*\*(.*)\*\*", r"\\\[(.*)\\\]", r"\\\((.*)\\\)",
@@ -1207,16 +1169,13 @@ WRAPPERS = (  # around a whole answer
 )  # fmt: skip
 MATRIX = r"\\begin\{([bpB]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?([^⟦⟧]*?)\\end\{\1\}"
 SHORT_UNIT = r"(?:[ckm]m|kg|m[lL]|ft|mi|oz|lb|mph|m/s|km/h)(?![A-Za-z])"
-UNIT_WORD = (
-    rf"(?!(?:sqrt|sin|cos|tan|log|exp|mod|choose|and|or)\b)(?:{SHORT_UNIT}|of|in|[A-Za-z]{{3,}})"
-    r"(?:\^\{?[23]\}?)?"
-)
+UNIT_WORD = rf"(?!mod|choose|and|or)(?:{SHORT_UNIT}|of|in|[A-Za-z]{{3,}})(?:\^\{{?[23]\}}?)?"
 # 1,000 is a number unless it stands in brackets, where (1,000) would be a pair
 THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])(?![^(\[]*(?:[)\]]|\\\}))"
 CLEANING = (  # in this order
     (r"(?<=\d)(?:\\[,!;]|\{,\}|,\\!|\u202f)(?=\d{3}(?!\d))", ""),  # 13\,535 and 1{,}000
     (r"(?<!\\)\\!", ""),
-    (r"(?<=[\w)}])\s*\*\*\s*(?=[-\w({\\])", "^"),
+    (r"(?<=[\w)}])\s*\*\*\s*(?=[-\w({\\])", "^"),  # a Python power
     (r"(?<!\\)\\[,;: ()\[\]]|\u202f|(?<=[\w}])~(?=[\\A-Za-z])", " "),
     (r"\\\$", "¤"),
     (r"\$([^$]*)\$", r" \1 "),  # a pair is mathematics, one alone is money
@@ -1225,25 +1184,25 @@ CLEANING = (  # in this order
     ("<=", "≤"),
     (">=", "≥"),
     (r"\\not\s*=", "≠"),
-    ("∅", r"\\{\\}"),
     (r"\^\s*\{?\s*(?:\\circ|°)\s*\}?", "°"),
     (r"\\mathbb\s*\{?R\}?", "(-∞,∞)"),
     (r"\\text\s*\{([^{}]*)\}", lambda m: mark_text(m[1])),
-    (r"(?:\s*,)?\s+and\s+", ","),
+    (r"(?<=\d) and (?=\d+/\d)", " "),  # 2 and 1/2
+    (r"(?:\s*,)?\s+and\s+", ","),  # also a comma before it
     (r"(?:\s*,)?(?:\s+or\s+|\s*∨\s*)", "∨"),
     (r'°\s*"?([CF])\b"?', r'"degree \1"'),
     (r"°(?=\s*(?:[,∨)}\]\"]|$))", '"degree"'),
     ("°", " "),
     (r'\\%|"percent"|(?<=\d) ?percent\b', "%"),
     (r"[\s,;:]*(?<!\.)\.?[\s,;:]*$", ""),
-    (rf"(?:(?<=\d) +|(?<=\d)(?={SHORT_UNIT})|(?<=\") *)({UNIT_WORD}(?: +{UNIT_WORD})*)(?=\s*(?:$|[,∨]))", r'"\1"'),
+    (rf'(?:(?<=\d) +|(?<=\d)(?={SHORT_UNIT}))((?:{UNIT_WORD} *)+)(?=$|[,∨])', r'"\1"'),
     (THOUSANDS, lambda m: m[0].replace(",", "")),
     (r"([_^])\{(\w)\}(?!\s*\d)", r"\1\2"),
     (r"\\(frac|binom)\s*(\d)", r"\\\1{\2}"),  # \frac12
     (r"(\\(?:frac|binom)\{[^{}]*\})\s*(\w)", r"\1{\2}"),
     (r"√\s*(\d+|\w|\([^()]*\))", r"\\sqrt{\1}"),
     (r"\\sqrt(?:\s*(?=\d)|\s+)(\w)(?!\d)", r"\\sqrt{\1}"),
-    (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}(?!\d)", lambda m: repeating_decimal(*m.groups())),
+    (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}(?!\d)", lambda m: repeating(*m.groups())),
     (r"\s+", " "),
     (r"(?<!\w) | (?!\w)", ""),  # a space stays only where it separates: 1 0 is not 10
     (r"^([-+]?[\d.]+)[eE]([-+]?\d{1,3})$", r"\1*10^{\2}"),
@@ -1260,8 +1219,7 @@ def clean(text: str | None) -> str:
     """
     if text is None or len(text) > MAX_ANSWER:
         return ""
-    text = unwrap(text).translate(CHARACTERS)
-    text = re.sub(r"\\(?:left|right)\s*\.", " ", text)
+    text = re.sub(r"\\(?:left|right)\s*\.", " ", unwrap(text).translate(CHARACTERS))
     text = re.sub(r"\\([A-Za-z]+)", lambda m: SIGN_OF.get(m[1], m[0]), text)
     text = re.sub(MATRIX, lambda m: mark_matrix(m[2]), text)
     for pattern, replacement in CLEANING:
@@ -1276,88 +1234,72 @@ def unwrap(text: str) -> str:
         before = text
         for pattern in WRAPPERS:
             match = re.fullmatch(pattern, text.strip(), re.DOTALL)
-            if match and split_at(match[1], ","):
-                text = match[1]
+            text = match[1] if match and split_at(match[1], ",") else text
     return text.strip()
 
 
 def mark_text(content: str) -> str:
-    """What stands in \\\\text: words in quotes; and, or and a comma behind them go on."""
+    """What stands in \\text: words in quotes; and, or and a comma behind them go on."""
     joint = re.search(r"(?:,|\band|\bor)\s*$", content)
-    words = content[: joint.start()] if joint else content
-    words = words.strip(" ,.")
-    after = "" if not joint else "∨" if joint[0].startswith("or") else ","
+    words = content[: joint.start() if joint else None].strip(" ,.")
+    mark = {"": "", "or": "∨"}.get(joint[0].strip() if joint else "", ",")
     is_word = re.fullmatch(r"[A-Za-z][^\d(]+|[mgshL]", words)
-    return (f'"{words}"' if is_word else f" {words} ") + after
+    return (f'"{words}"' if is_word else f" {words} ") + mark
 
 
 def mark_matrix(body: str) -> str:
     rows = re.split(r"\\\\(?:\s*\[[^][]*\])?|\\cr(?![A-Za-z])", body)
-    cells = ["&".join(cell.strip() for cell in row.split("&")) for row in rows]
-    return f"⟦{';'.join(cells).strip(' ;')}⟧"
+    return f"⟦{';'.join(row.strip() for row in rows).strip(' ;')}⟧"
 
 
-def repeating_decimal(whole: str, digits: str, cycle: str) -> str:
+def repeating(whole: str, digits: str, cycle: str) -> str:
     """0.1666..., given as "0", "1", "6", as a fraction."""
     start = int(whole + digits or "0")
     top = int(whole + digits + cycle) - start
     return f"({top}/{10 ** len(digits) * (10 ** len(cycle) - 1)})"
 
 
-# Units. Any words after a number are one, unless they carry value.
+# Units: words after a number that are known, or in the plural, unless they carry value.
 
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12}
-SCALES |= {"trillion": 10**12}
-NO_UNIT = {  # these words carry value, or take it back
-    *"about above all almost always and approximately around as at below but cannot crore cube cubed "
-    "double exactly except false fewer gross half halves has hence incorrect is its less least "
-    "maybe minus more most negative never no none nor not of or otherwise over perhaps plus point "
-    "power quarter ratio root short sometimes squared than that the third this time times to triple "
-    "twice under unless up versus was when without wrong zero one two three four five six seven "
-    "eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety score".split()
+NO_UNIT = {
+    *"about above all almost always and approximately around as at below but cannot crore cube "
+    "cubed double dozen except fails false fewer gross half halves has hence incorrect is its lakh "
+    "less maybe minus more most negative never no none nor not of opposite or over perhaps plus "
+    "point power quarter ratio root short sometimes square squared than that third this time times "
+    "to triple twice under unless upwards versus was wrong zero one two three four five six seven "
+    "eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety hundred "
+    "thousand".split()
 }
-FRACTION_WORD = (
+ORDINAL = (
     r".*(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|teen|tie|hundred|thousand|illion)th"
-    r"|.*teen|.*illion|third|quarter|lakh"
+    r"|.*teen|.*illion"
 )
-UNIT_NAMES = {  # name: its other spellings
-    "hour": "hr h", "minute": "min", "second": "sec s", "millimeter": "mm millimetre",
-    "centimeter": "cm centimetre", "meter": "m metre", "kilometer": "km kilometre",
-    "inch": "in inche", "foot": "ft feet", "mile": "mi", "mile / hour": "mph", "/": "per",
-    "gram": "g", "kilogram": "kg", "liter": "l litre", "dollar": "¤ $ usd", "euro": "€",
-    "pound": "lb", "sterling": "£", "milliliter": "ml", "meter / second": "m/s",
-    "kilometer / hour": "km/h", "people": "person", "child": "children", "man": "men",
+UNITS = {  # the other spellings of each
+    "hour": "hr h", "minute": "min", "second": "sec s", "millimeter": "mm", "centimeter": "cm",
+    "meter": "m", "kilometer": "km", "inch": "in inche", "foot": "ft feet", "mile": "mi",
+    "mile / hour": "mph", "kilometer / hour": "km/h", "meter / second": "m/s", "/": "per",
+    "gram": "g", "kilogram": "kg", "pound": "lb", "ounce": "oz", "liter": "l", "milliliter": "ml",
+    "dollar": "¤ $", "euro": "€", "sterling": "£", "people": "person", "unit": "", "degree": "c f",
+    "day": "", "week": "", "month": "", "year": "", "cup": "", "cent": "¢", "radian": "rad",
 }  # fmt: skip
-UNITS = {*UNIT_NAMES, *"¤$£€c f day week month year cup quart pint gallon ounce ton cent radian".split()}
-UNITS |= {*"unit degree square cubic yard ampere volt watt joule newton".split()} | {*"¤$£€"}
-UNIT_OF = {other: name for name, others in UNIT_NAMES.items() for other in others.split()}
+UNIT_OF = {other: name for name, others in UNITS.items() for other in [name, *others.split()]}
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    """A value and its unit: '5"cm"^2' is ("5", "centimeter ^2"), '2"dozen"' is ("2*12", "")."""
+    """A value and its unit: '5"cm"^2' is ("5", "centimeter ^2"); 5 million and 6A have none."""
     match = re.fullmatch(r'([^"]*[^"\s])((?:"[^"]*"(?:\^[23])?[*/]?)+)', text)
     if not match:
         return text, ""
-    value, words, power = match[1], [], []
-    tokens = re.findall(r"\^\d|m/s|km/h|[a-z]+|[^a-z\s\".*{}]", match[2].lower())
-    for word in tokens:
-        singular = word.removesuffix("s") if len(word) > 2 else word
-        name = UNIT_OF.get(word, UNIT_OF.get(singular, singular))
-        if name in SCALES:
-            is_number = value.replace(".", "").isdigit()
-            value = f"{value}*{SCALES[name]}" if is_number else f"({value})*{SCALES[name]}"
-        elif word in NO_UNIT or singular in NO_UNIT or re.fullmatch(FRACTION_WORD, singular):
-            return text, ""
-        elif name in ("square", "sq", "cubic"):
-            power = ["^3" if name == "cubic" else "^2"]
-        else:
-            words, power = [*words, name, *power], []
-    last = [word for word in tokens if not re.fullmatch(r"\^\d|/", word)][-1:]
-    is_unit = last and (last[0].endswith("s") or last[0] in {*UNIT_OF, *UNITS, *SCALES})
-    trigonometric = "degree" in words and re.search("sin|cos|tan", value)
-    if not is_unit or power or words[:1] in (["^2"], ["^3"]) or trigonometric:
+    value, unit = match[1], re.sub(r"\b(?:square|sq) (\w+)", r"\1^2", match[2].lower())
+    unit = re.sub(r"\bcubic (\w+)", r"\1^3", unit)
+    words = re.findall(r"\^[23]|m/s|km/h|[a-z]+|[^a-z\s\".*{}^]", unit)
+    singular = [word if word in UNIT_OF else word.removesuffix("s") for word in words]
+    names = [word for word in words if word[0] not in "^/"]
+    known = names[:1] == words[:1] and (names[-1] in UNIT_OF or names[-1].endswith("s"))
+    carries = any(word in NO_UNIT or re.fullmatch(ORDINAL, word) for word in words + singular)
+    if not known or carries or re.search(r"\\(sin|cos|tan)", value):  # degrees of a sine
         return text, ""
-    return value, " ".join(words)
+    return value, " ".join(UNIT_OF.get(word, word) for word in singular)
 
 
 # Forms
@@ -1365,11 +1307,12 @@ def split_unit(text: str) -> tuple[str, str]:
 GREEK = "alpha beta gamma delta epsilon theta phi lambda mu omega".split()
 SYMBOL = rf"(?:[A-Za-z](?![A-Za-z])|\\(?:{'|'.join(GREEK)})|[A-Za-z]{{4,}}|\"[A-Za-z]+\")"
 NAME = (  # of what an answer gives: x, x_1, f(2), P(A), (x,y), "Area"
-    rf"(?:m?\\angle ?)?{SYMBOL}(?:_\w|_\{{[\w,]*\}}|')*|m?\\angle ?[A-Z]{{3}}|\\overline\{{[A-Z]+\}}"
-    rf"|[fghFGP](?:\^\{{-1\}})?\((?:-?[\d.]+|[A-Za-z][^()=<>+*]*)\)|\({SYMBOL}(?:,{SYMBOL})+\)"
+    rf"(?:m?\\angle ?)?{SYMBOL}(?:_\w|_\{{[\w,]*\}}|')*|m?\\angle ?[A-Z]+|\\overline\{{[A-Z]+\}}"
+    r"|[fghFGP](?:\^\{-1\})?\((?:-?[\d.]+|[A-Za-z][^()=<>+*]*)\)"
+    r"|\((?:x,y(?:,z)?|a,b(?:,c)?|m,n|p,q|r,\\theta)\)"
 )
 PLAIN_WORDS = r'"[^"]*"|[Nn]o|[Oo]n|(?=.{3})[A-Za-z]+(?: [A-Za-z]+)*'
-SETS = {"<": "(-∞,{})", "≤": "(-∞,{}]", ">": "({},∞)", "≥": "[{},∞)", "≠": "(-∞,{0})∪({0},∞)"}
+BOUNDS = {"<": "(-∞,{})", "≤": "(-∞,{}]", ">": "({},∞)", "≥": "[{},∞)", "≠": "(-∞,{0})∪({0},∞)"}
 
 
 def read_form(text: str, seconds: list[float]) -> tuple[str, str, list[str]]:
@@ -1381,41 +1324,87 @@ def read_form(text: str, seconds: list[float]) -> tuple[str, str, list[str]]:
     choices = split_at(text, "∨")
     elements = [element for choice in choices for element in split_at(choice, ",")]
     if len(elements) > 1:
-        return read_list(choices, elements)
-    name, bounds = inequality(text)
+        return read_list(choices, both_signs(elements))
+    name, value = split_name(interval(text), seconds)
     if name:
-        return name, *read_brackets(bounds)
-    name, value = split_name(text, seconds)
-    if name:
-        _, kind, parts = read_form(value, seconds)
-        names = name.strip("()").split(",")
-        if name[0] == "(" and len(names) == len(parts):
-            return read_list([""], [f"{n}={part}" for n, part in zip(names, parts, strict=True)])
-        return name, kind, parts
-    sides = split_at(value, "=")
-    if len(sides) == 2 and all(sides):
-        return "", "equation", [f"({sides[0]})-({sides[1]})"]
-    return "", *read_brackets(value)
-
-
-def read_brackets(text: str) -> tuple[str, list[str]]:
-    """Kind and parts of a set, union, matrix, tuple, interval, of two values with ±, or of one."""
-    pieces = split_at(text, "∪")
-    if len(pieces) > 1:
-        return "union", pieces
-    if text.startswith("\\{") and text.endswith("\\}"):
-        return "set", both_signs(split_at(text[2:-2], ","))
-    matrix = re.fullmatch(r"\(⟦([^⟦⟧]*)⟧\)|\[⟦([^⟦⟧]*)⟧\]|⟦([^⟦⟧]*)⟧", text)
+        return name, *read_form(value, seconds)[1:]
+    if len(split_at(value, "=")) == 2:
+        return "", "equation", split_at(value, "=")
+    if len(split_at(value, "∪")) > 1:
+        return "", "union", split_at(value, "∪")
+    if value.startswith("\\{") and value.endswith("\\}"):
+        return "", "set", both_signs(split_at(value[2:-2], ","))
+    matrix = re.fullmatch(r"[(\[]?⟦([^⟦⟧]*)⟧[)\]]?", value)
     if matrix:
-        rows = [row.split("&") for row in (matrix[1] or matrix[2] or matrix[3] or "").split(";")]
-        shape = "x".join(str(len(row)) for row in rows) if len({*map(len, rows)}) > 1 else ""
-        shape = shape or f"{len(rows)}x{len(rows[0])}"
-        return f"matrix {shape}", [cell for row in rows for cell in row]
-    inner = split_at(text[1:-1], ",")
-    if len(inner) > 1 and text[0] in "([⟨" and text[-1] in ")]⟩":
-        return text[0] + text[-1], inner
-    both = both_signs([text])
-    return ("list", both) if len(both) > 1 else ("value", both)
+        rows = [row.split("&") for row in matrix[1].split(";")]
+        width = max(len(row) for row in rows)
+        return "", f"matrix {len(rows)}x{width}", [cell for row in rows for cell in row]
+    inner = split_at(value[1:-1], ",")
+    if len(inner) > 1 and value[0] in "([" and value[-1] in ")]":
+        return "", value[0] + value[-1], inner
+    both = both_signs([value])
+    return "", "list" if len(both) > 1 else "value", both
+
+
+def read_list(choices: list[str], elements: list[str]) -> tuple[str, str, list[str]]:
+    """x < 1 or x > 2 is a union, a = 1, b = 2 a record, anything else a list."""
+    bounds = [interval(choice).split("∈") for choice in choices]
+    if len(bounds) > 1 and {len(bound) for bound in bounds} == {2}:
+        if len({name for name, _ in bounds}) == 1:
+            return bounds[0][0], "union", [part for _, s in bounds for part in split_at(s, "∪")]
+    if len(choices) > 1 and len(split_at(choices[-1], ",")) > 1:  # pairs of values
+        return "", "list", choices
+    names, values = [], []
+    for element in elements:
+        name, value = split_name(element, [0.0])
+        if not name and names and not re.search("[=∈<>≤≥≠]", element):
+            name = names[-1]  # x = 1, 2
+        names.append(name)
+        values.append(value)
+    if len(set(names)) == 1:
+        return names[0], "list", values
+    if "" in names:
+        return "", "list", elements
+    if len(set(names)) < len(names) or len(choices) > 1:  # x = 1 or y = 2
+        return "", "value", ["∨".join(choices)]
+    pairs = sorted(zip(names, values, strict=True))
+    return f"({','.join(sorted(names))})", "record", [value for _, value in pairs]
+
+
+def split_name(text: str, seconds: list[float]) -> tuple[str, str]:
+    """The name of a value and the value, also of 5 = x and of a true chain, x = 2 + 3 = 5."""
+    parts = split_at(text, "=∈")
+    if len(parts) < 2 or not all(parts):
+        return "", text
+    if len(parts) == 2 and is_name(parts[1]) and not is_name(parts[0]):
+        parts.reverse()
+    letters = re.sub(r'\\[a-z]+|"[^"]*"', "", " ".join(parts[1:]))
+    name = parts.pop(0) if is_name(parts[0]) and parts[0] not in letters else ""  # x = 2x + 1
+    same_sign = len({part.endswith("%") for part in parts}) == 1
+    if same_sign and all(equal_answers(part, parts[-1], seconds) for part in parts[:-1]):
+        return name, parts[-1]
+    return "", text
+
+
+def is_name(text: str) -> bool:
+    return bool(re.fullmatch(NAME, text)) and text.strip('"').lower() not in NO_UNIT
+
+
+def interval(text: str) -> str:
+    """An inequality as a set: 3 < x is "x∈(3,∞)"; other texts as they are."""
+    parts, signs = split_at(text, "<>≤≥≠"), re.findall("[<>≤≥≠]", text)
+    if not signs or len(parts) != len(signs) + 1 or not all(parts):
+        return text
+    names = [is_name(part) for part in parts]
+    if names == [False, True] or (len(parts) == 3 and {*signs} <= {">", "≥"}):  # mirror it
+        parts, names = parts[::-1], names[::-1]
+        signs = ["><≥≤≠"["<>≤≥≠".index(sign)] for sign in reversed(signs)]
+    if names == [True, False]:
+        return f"{parts[0]}∈{BOUNDS[signs[0]].format(parts[1])}"
+    if names == [False, True, False] and {*signs} <= {"<", "≤"}:
+        start, end = "(" if signs[0] == "<" else "[", ")" if signs[1] == "<" else "]"
+        return f"{parts[1]}∈{start}{parts[0]},{parts[2]}{end}"
+    return text
 
 
 def both_signs(elements: list[str]) -> list[str]:
@@ -1427,73 +1416,11 @@ def both_signs(elements: list[str]) -> list[str]:
     return found
 
 
-def read_list(choices: list[str], elements: list[str]) -> tuple[str, str, list[str]]:
-    """x < 1 or x > 2 is a union, a = 1, b = 2 a record, anything else a list."""
-    if len(choices) > 1 and all(re.search("[<>≤≥≠]", choice) for choice in choices):
-        names, sets = zip(*(inequality(choice) for choice in choices), strict=True)
-        if len({*names}) == 1 and all(sets):
-            return names[0], *read_brackets("∪".join(sets))
-    if len(choices) > 1 and len(split_at(choices[-1], ",")) > 1:  # pairs of values
-        return "", "list", choices
-    pairs, last = [], ""
-    for element in both_signs(elements):
-        name, value = split_name(element, [0.0])
-        if not name and last and not re.search("[=∈<>≤≥≠]", element):
-            name = last  # x = 1, 2
-        pairs.append((name, value))
-        last = name
-    names = [name for name, _ in pairs]
-    if len({*names}) == 1:
-        return names[0], "list", [value for _, value in pairs]
-    if not all(names):
-        return "", "list", both_signs(elements)
-    if len({*names}) < len(names) or len(choices) > 1:  # x = 1 or y = 2
-        return "", "value", ["∨".join(choices)]
-    letters = {re.sub(r"_(\w|\{\w*\})$", "", name) for name in names}
-    kind = "roots" if len(letters) == 1 else "record"  # x_1 and x_2 are two values of x
-    return f"({','.join(sorted(names))})", kind, [value for _, value in sorted(pairs)]
-
-
-def split_name(text: str, seconds: list[float]) -> tuple[str, str]:
-    """The name of a value and the value, also of 5 = x and of a true chain, x = 2 + 3 = 5."""
-    parts = split_at(text, "=∈")
-    if len(parts) < 2 or not all(parts):
-        return "", text
-    if len(parts) == 2 and re.fullmatch(NAME, parts[1]) and not re.fullmatch(NAME, parts[0]):
-        parts.reverse()
-    name = parts.pop(0) if re.fullmatch(NAME, parts[0]) else ""
-    letters = re.sub(r'\\[a-z]+|"[^"]*"', "", " ".join(parts))
-    if name and (name in letters or name.strip('"').lower() in NO_UNIT):  # x = 2x + 1
-        return "", text
-    is_pair = parts[-1].startswith("(") or not name.startswith("(")
-    same_sign = len({part.endswith("%") for part in parts}) == 1
-    if is_pair and same_sign and all(equal_answers(part, parts[-1], seconds) for part in parts[:-1]):
-        return name, parts[-1]
-    return "", text
-
-
-def inequality(text: str) -> tuple[str, str]:
-    """Name and set: x > 3 is ("x", "(3,∞)"); two empty texts if it is no bound of one name."""
-    parts, signs = split_at(text, "<>≤≥≠"), re.findall("[<>≤≥≠]", text)
-    if not signs or len(parts) != len(signs) + 1 or not all(parts):
-        return "", ""
-    names = [re.fullmatch(NAME, part) is not None for part in parts]
-    if names == [False, True] or (len(parts) == 3 and {*signs} <= {">", "≥"}):  # mirror it
-        parts, names = parts[::-1], names[::-1]
-        signs = ["><≥≤≠"["<>≤≥≠".index(sign)] for sign in reversed(signs)]
-    if names == [True, False]:
-        return parts[0], SETS[signs[0]].format(parts[1])
-    if names == [False, True, False] and {*signs} <= {"<", "≤"}:
-        start, end = "(" if signs[0] == "<" else "[", ")" if signs[1] == "<" else "]"
-        return parts[1], f"{start}{parts[0]},{parts[2]}{end}"
-    return "", ""
-
-
 def split_at(text: str, marks: str) -> list[str]:
     """Pieces between the marks outside brackets; [] for no text or unmatched or deep brackets."""
     pieces, depth = [""], 0
     for character in text:
-        depth += (character in "([{⟦⟨") - (character in ")]}⟧⟩")
+        depth += (character in "([{⟦") - (character in ")]}⟧")
         if not 0 <= depth <= 20:
             return []
         if character in marks and depth == 0:
@@ -1519,8 +1446,8 @@ LATEX = (  # innermost braces first, repeated until nothing changes
     (r"\\binom\{([^{}]*)\}\{([^{}]*)\}", r"((\1) choose (\2))"),
     (r"\\sqrt\[([^][{}]*)\]\{([^{}]*)\}", r"((\2)^(1/(\1)))"),
     (r"\\sqrt\{([^{}]*)\}", r" sqrt(\1)"),
-    (r"\\log_(\w)", r"\\log_{\1}"),
-    (r"\\(sin|cos|tan|ln|log)\^(\d)", r"\\\1^{\2}"),
+    (r"\\log_(\w|\{[^{}]*\}) ?(\d+|[a-z]|\([^()]*\)|\{[^{}]*\})(?![\w(.])", r"(\\ln(\2)/\\ln(\1))"),
+    (r"\\(sin|cos|tan)\^\{?2\}? ?(\([^()]*\)|[a-zA-Z]|\\[a-z]+)(?![\w(^])", r"(\\\1(\2))^2"),
     (r"\|([^|]*)\|", r" abs(\1)"),
     (r"\^\{([^{}]*)\}", r"^(\1)"),
 )
@@ -1529,75 +1456,38 @@ NAMES = {*PREFIX, *INFIX, "pi", *GREEK}
 
 
 def math_tokens(text: str) -> list[str]:
-    """Infix tokens of a LaTeX expression with the silent * and brackets of functions made explicit.
+    """Infix tokens of a LaTeX expression with the silent * made explicit.
 
-    ValueError outside the whitelist.
+    ValueError outside the whitelist, and where an argument ends who knows where, as in sin 2x.
 
-    >>> math_tokens("2\\\\sqrt{3}x"), math_tokens("\\\\ln 2x")
-    (['2', '*', 'sqrt', '(', '3', ')', '*', 'x'], ['ln', '(', '2', '*', 'x', ')'])
+    >>> math_tokens("2\\\\sqrt{3}x"), math_tokens("\\\\ln x")
+    (['2', '*', 'sqrt', '(', '3', ')', '*', 'x'], ['ln', '(', 'x', ')'])
     """
     before = None
     while before != text:
         before = text
         for pattern, replacement in LATEX:
             text = re.sub(pattern, replacement, text)
-    braces, text = text, text.replace("{", "(").replace("}", ")")
-    words = re.findall(rf"{NUMERAL}|\\?[A-Za-z]+|[-+*/^()!_]", text)
-    if len(words) > 300 or "".join(words) != text.replace(" ", "") or re.search(r"\d\{", braces):
+    plain = text.replace("{", "(").replace("}", ")")
+    words = re.findall(rf"{NUMERAL}|\\?[A-Za-z]+|[-+*/^()!]", plain)
+    if len(words) > 300 or "".join(words) != plain.replace(" ", "") or re.search(r"\d\{", text):
         raise ValueError("too many tokens, or one that is not in the grammar")
-    tokens: list[str] = []
-    for word in bracket_arguments([part for word in words for part in split_word(word)]):
+    tokens, bare = [], False  # bare: behind the argument of a function without brackets
+    for word in itertools.chain.from_iterable(map(split_word, words)):
         last = tokens[-1] if tokens else "("
+        is_operator = word in INFIX or word in (")", "!")
+        if (bare and (word in "^!(" or not (is_operator or word in PREFIX))) or word == last == "!":
+            raise ValueError("sin 2x, sin x^2 or 3!!")
+        bare = last in FUNCTIONS and word != "("
+        if bare and (is_operator or word in PREFIX):
+            raise ValueError("a function without an argument")
         if last not in INFIX and last not in PREFIX and last != "(":
-            is_numeral = word[0] in "0123456789."
-            if (is_numeral and last[-1].isalnum()) or (word == "(" and last in ("f", "g", "h", "P")):
-                raise ValueError("numerals side by side, x2, or f(2), which is no product")
-            if word not in INFIX and word not in (")", "!"):
-                tokens.append("*")
-        if word == "_" or (word == last == "!"):
-            raise ValueError("an index, or a double factorial")
-        tokens.append(word)
+            is_digit = word[0] in "0123456789."
+            if (is_digit and last[-1].isalnum()) or (word == "(" and last in ("f", "g", "h", "P")):
+                raise ValueError("1 0, x2, or f(2), which is no product")
+            tokens += [] if is_operator else ["*"]
+        tokens += ["(", word, ")"] if bare else [word]
     return tokens
-
-
-def bracket_arguments(words: list[str]) -> list[str]:
-    """sin 2 x as sin(2x), sin^2 x as (sin(x))^2 and log_2 x as (ln(x)/ln(2)).
-
-    An argument without brackets runs to the next sign, bracket or function.
-    """
-    out, i = [], 0
-    while i < len(words):
-        word, i = words[i], i + 1
-        if word not in FUNCTIONS:
-            out.append(word)
-            continue
-        mark = words[i] if words[i : i + 1] in (["^"], ["_"]) else ""
-        if mark:
-            i, index = group(words, i + 1)
-        if words[i : i + 1] == ["("]:
-            i, argument = group(words, i)
-        else:
-            start = i
-            while i < len(words) and (words[i] not in [*"+-*/()!", *FUNCTIONS] or i == start):
-                i = group(words, i + 1)[0] if words[i] == "^" else i + 1
-            argument = ["(", *words[start:i], ")"]
-        argument = [word, *bracket_arguments(argument)]
-        if mark == "_" and word == "log":
-            argument = ["(", "ln", *argument[1:], "/", "ln", *index, ")"]
-        elif mark:
-            argument = ["(", *argument, ")", "^", *index]
-        out += argument
-    return out
-
-
-def group(words: list[str], start: int) -> tuple[int, list[str]]:
-    """The bracket that begins at `start`, and where it ends; or the one word there."""
-    depth = 0
-    for i in range(start, len(words)):
-        depth += (words[i] == "(") - (words[i] == ")")
-        if depth == 0:
-            return i + 1, words[start : i + 1]
-    raise ValueError("an open bracket")
 
 
 def split_word(word: str) -> list[str]:

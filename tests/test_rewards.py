@@ -297,7 +297,7 @@ def test_a_late_child_is_killed_counted_and_replaced(monkeypatch):
     assert rewards.math_equal(r"\sqrt{12}", r"2\sqrt{3}")
     before = rewards.symbolic_timeouts
     monkeypatch.setattr(rewards, "SYMBOLIC_SECONDS", 1e-4)
-    assert not rewards.math_equal(r"\sqrt{3+2\sqrt{2}}+x", r"1+\sqrt{2}+x")
+    assert not rewards.math_equal(r"(x+y)^{20}(x-y)^{20}", r"(x^2-y^2)^{20}")  # 0.2 s
     assert rewards.symbolic_timeouts == before + 1
     monkeypatch.undo()
     assert rewards.math_equal(r"\sqrt{12}", r"2\sqrt{3}")
