@@ -75,6 +75,16 @@ def read_json(path: Path) -> dict:
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
+def trim_log(path: Path, last: int) -> None:
+    """Drop what a JSONL log holds of steps after `last`, and half a line at its end."""
+    with reading(path):
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= last]
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text("".join(kept), encoding="utf-8")
+        unfinished.replace(path)  # whole, or as it was
+
+
 def resolve_model(name: str) -> Path:
     """The folder of a model: itself, one of models/, or from the hub (OWNER/NAME, Qwen, SmolLM)."""
     for folder in (Path(name).expanduser(), MODELS / name):

@@ -74,6 +74,7 @@ from rewards import (
     read_json,
     reading,
     resolve_model,
+    trim_log,
 )
 
 
@@ -937,10 +938,11 @@ class Run:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         self.device, self.dtype = torch.device(name), torch.float32
-        if name == "cuda":
-            with reading("--device cuda"):
+        with reading(f"--device {name}"):
+            if name == "cuda":
                 torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
-            self.dtype = torch.bfloat16
+                self.dtype = torch.bfloat16
+            torch.empty(1, device=name)  # complains
         if self.world > 1:
             if self.rank == 0:
                 resolve_model(cfg.model)  # downloads; the others wait
@@ -1015,9 +1017,7 @@ class Run:
             optimizer.load_state_dict(state["optimizer"])
         for log in (self.metrics, self.samples):
             if self.rank == 0 and log.exists():
-                lines = log.read_text().split("\n")[:-1]  # without half a line
-                kept = [line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]]
-                log.write_text("".join(kept))
+                trim_log(log, state["step"])
         return state
 
     def log(self, step, metrics, show=()):
