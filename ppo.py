@@ -298,14 +298,15 @@ def check_flags(cfg: Config) -> None:
     for name in ("gamma", "gae_lambda", "critic_lambda", "repetition_gamma"):
         if getattr(cfg, name) > 1:
             raise BadInput(f"--{name} is above 1")
-    idle = {
-        "kl_type": not cfg.kl_coef,
-        "format_weight": cfg.reward != "plain",
-        "repetition_gamma": not cfg.repetition_penalty,
-    }
+    idle = {"kl_type": not cfg.kl_coef, "format_weight": cfg.reward != "plain"}
+    idle["repetition_gamma"] = not cfg.repetition_penalty
     for name, off in idle.items():
         if off and getattr(cfg, name) != getattr(Config, name):
             raise BadInput(f"--{name} would do nothing")
+    if cfg.resume:
+        saved = read_json(Path(cfg.resume) / "run.json")["config"]
+        if bool(cfg.repetition_penalty) != bool(saved["repetition_penalty"]):
+            raise BadInput("--repetition_penalty: with and without it are two critics")
 
 
 def sample_batch(
@@ -439,8 +440,7 @@ def train(cfg: Config) -> int:
     state = run.start(model, optimizers[0], prompter)
     drawn = state.get("drawn", 0)  # prompts so far
     if "critic" in state:
-        with reading("--resume: another critic"):
-            critic.load_state_dict(state["critic"])
+        critic.load_state_dict(state["critic"])
         optimizers[1].load_state_dict(state["critic_optimizer"])
     run.refresh(sampler, model)
     for step in range(state["step"] + 1, cfg.steps + 1):

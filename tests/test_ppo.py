@@ -616,13 +616,12 @@ def test_resume_refuses_another_critic(run, cwd):
     """One value for each reward type: without the penalty there is one less. With it, all goes on."""
 
     def held() -> dict:
-        paths = [path for path in cwd.rglob("*") if path.is_file() and path.name != "run.json"]
-        return {path: path.read_bytes() for path in paths}
+        return {path: path.read_bytes() for path in cwd.rglob("*") if path.is_file()}
 
     assert run("ppo", "--out a --eval_problems 0 --steps 1").code == 0
     before, again = held(), "--resume a --steps 2 --repetition_penalty"
     done = run("ppo", f"{again} 0", model=None, base=False)
-    assert done.code == 2 and done.err.startswith("ppo.py: error: --resume: another"), done.err
+    assert done.code == 2 and done.err.startswith("ppo.py: error: --repetition_penalty"), done.err
     assert before == held()
     assert run("ppo", f"{again} 1", model=None, base=False).code == 0
     assert [row["step"] for row in metrics_of(cwd / "a")] == [1, 2]
