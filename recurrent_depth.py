@@ -549,6 +549,8 @@ def evaluate(run: "Run", model: Model, prompter: "Prompter", step: int) -> dict[
     starts = [initial_state(model, N, T, key) for key in keys]
     at_once = max(1, cfg.micro_batch_tokens // T)
     for rows in torch.arange(N)[run.rank :: run.world].split(at_once):
+        if len(rows) == 0:
+            continue  # more ranks than rows
         parts = [start[rows] for start in starts]
         found = measure(cfg, model, inputs[rows], labels[rows], parts)
         for name, value in found.items():
@@ -840,6 +842,9 @@ class Run:
         self.samples = self.folder / "samples.jsonl"
         if cfg.resume:
             state = self.resume(model, optimizer)
+            for log in (self.metrics, self.samples):  # the lines up to here
+                if self.rank == 0 and log.exists():
+                    trim_log(log, state["step"])
         about = {"script": script.name, "command": " ".join(sys.argv), "config": asdict(cfg)}
         about |= {"device": f"{self.world} {self.device}", "torch": torch.__version__}
         if self.rank == 0:
@@ -851,15 +856,12 @@ class Run:
         return state
 
     def resume(self, model, optimizer):
-        """Load the newest checkpoint; drop later lines of the logs."""
+        """Load the newest checkpoint; returns its state."""
         with reading(f"checkpoint of {self.folder}"):
             folder = checkpoints(self.folder)[-1]
             self.refresh(model, load_model(folder, self.device))
             state = torch.load(folder / "trainer.pt", self.device, weights_only=True)
             optimizer.load_state_dict(state["optimizer"])
-        for log in (self.metrics, self.samples):
-            if self.rank == 0 and log.exists():
-                trim_log(log, state["step"])
         return state
 
     def log(self, step, metrics, show=()):
