@@ -993,6 +993,9 @@ class Run:
         self.samples = self.folder / "samples.jsonl"
         if cfg.resume:
             state = self.resume(model, optimizer)
+            for log in (self.metrics, self.samples):  # the lines up to here
+                if self.rank == 0 and log.exists():
+                    trim_log(log, state["step"])
         about = {"script": script.name, "command": " ".join(sys.argv), "config": asdict(cfg)}
         about |= {"device": f"{self.world} {self.device}", "torch": torch.__version__}
         if self.rank == 0:
@@ -1004,15 +1007,12 @@ class Run:
         return state
 
     def resume(self, model, optimizer):
-        """Load the newest checkpoint; drop later lines of the logs."""
+        """Load the newest checkpoint; returns its state."""
         with reading(f"checkpoint of {self.folder}"):
             folder = checkpoints(self.folder)[-1]
             self.refresh(model, load_model(folder, self.device))
             state = torch.load(folder / "trainer.pt", self.device, weights_only=True)
             optimizer.load_state_dict(state["optimizer"])
-        for log in (self.metrics, self.samples):
-            if self.rank == 0 and log.exists():
-                trim_log(log, state["step"])
         return state
 
     def log(self, step, metrics, show=()):
@@ -1151,12 +1151,8 @@ class Answers(Run):
     """A run that trains nothing: a step is a setting, its checkpoint the records."""
 
     def resume(self, model, optimizer):
-        """Go on after the last setting that has records; drop later lines of the logs."""
-        last = len(checkpoints(self.folder))
-        for log in (self.metrics, self.samples):
-            if self.rank == 0 and log.exists():
-                trim_log(log, last)
-        return {"step": last}
+        """Go on after the last setting that has records."""
+        return {"step": len(checkpoints(self.folder))}
 
     def records_of(self, step, setting):
         path = self.folder / f"step-{step:06d}" / "records.json"

@@ -944,6 +944,9 @@ class Run:
         self.samples = self.folder / "samples.jsonl"
         if cfg.resume:
             state = self.resume(model, optimizer)
+            for log in (self.metrics, self.samples):  # the lines up to here
+                if self.rank == 0 and log.exists():
+                    trim_log(log, state["step"])
         about = {"script": script.name, "command": " ".join(sys.argv), "config": asdict(cfg)}
         about |= {"device": f"{self.world} {self.device}", "torch": torch.__version__}
         if self.rank == 0:
@@ -955,15 +958,12 @@ class Run:
         return state
 
     def resume(self, model, optimizer):
-        """Load the newest checkpoint; drop later lines of the logs."""
+        """Load the newest checkpoint; returns its state."""
         with reading(f"checkpoint of {self.folder}"):
             folder = checkpoints(self.folder)[-1]
             self.refresh(model, load_model(folder, self.device))
             state = torch.load(folder / "trainer.pt", self.device, weights_only=True)
             optimizer.load_state_dict(state["optimizer"])
-        for log in (self.metrics, self.samples):
-            if self.rank == 0 and log.exists():
-                trim_log(log, state["step"])
         return state
 
     def log(self, step, metrics, show=()):
