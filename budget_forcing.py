@@ -446,7 +446,7 @@ def solve(cfg: Config) -> int:
     """For every budget, then every number of Waits at the largest: think, answer, count."""
     run = Answers(cfg)
     model, sampler = run.load(BY_SIZE)
-    plan = settings(cfg)
+    run.plan = plan = settings(cfg)
     cfg.steps = len(plan)
     task = make_task(cfg.task, cfg.data, natural=not model.is_tiny)
     prompter = Prompter(model, task, cfg.chat)
@@ -457,7 +457,7 @@ def solve(cfg: Config) -> int:
     for step, (side, value, limits) in enumerate(plan, 1):
         setting, began = [cfg.model, side, value, limits], time.time()
         if step <= state["step"]:
-            records, done = run.records_of(step, setting), []
+            records, done = state["records"][step - 1], []
         else:
             rules = make_rules(cfg, prompter, model, **limits)
             records, done = complete(run, sampler, prompter, rules, asked)
@@ -1148,18 +1148,17 @@ def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
 
 
 class Answers(Run):
-    """A run that trains nothing: a step is a setting, its checkpoint the records."""
+    """A run that trains nothing: a step is a setting of `plan`, its checkpoint the records."""
 
     def resume(self, model, optimizer):
-        """Go on after the last setting that has records."""
-        return {"step": len(checkpoints(self.folder))}
-
-    def records_of(self, step, setting):
-        path = self.folder / f"step-{step:06d}" / "records.json"
-        saved = read_json(path)
-        if saved.get("of") != setting:
-            raise BadInput(f"{path} is of {saved.get('of')}, not of {setting}")
-        return saved["records"]
+        """The records of the settings that are done, if they are of this plan."""
+        found = []
+        for folder, row in zip(checkpoints(self.folder), self.plan, strict=False):
+            saved, setting = read_json(folder / "records.json"), [self.cfg.model, *row]
+            if saved.get("of") != setting:
+                raise BadInput(f"{folder} is of {saved.get('of')}, not of {setting}")
+            found.append(saved["records"])
+        return {"step": len(found), "records": found}
 
     def after_step(self, step, setting, records):
         """Save the records; True on all ranks once one got Ctrl-C or SIGTERM."""

@@ -205,7 +205,7 @@ def solve(cfg: Config) -> int:
     model, sampler = run.load(BY_SIZE)
     if cfg.length_prompt and model.is_tiny:
         raise BadInput(f"--length_prompt: {cfg.model} was taught no words for a length")
-    plan = settings(cfg)
+    run.plan = plan = settings(cfg)
     cfg.steps = len(plan)
     task = make_task(cfg.task, cfg.data, natural=not model.is_tiny)
     prompter = bf.Prompter(model, task, cfg.chat)
@@ -218,7 +218,7 @@ def solve(cfg: Config) -> int:
         whole = side == "cap" and value == largest  # what all that follows is compared with
         samples = cfg.eval_samples if whole else 1
         if step <= state["step"]:
-            records = run.records_of(step, setting)
+            records = state["records"][step - 1]
         elif not limits:
             records = pooled(side, value, natural, cfg.eval_samples)
         else:
