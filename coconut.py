@@ -970,7 +970,7 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg, self.started = cfg, time.time()
-        self.signal, self.skipped = 0, {}
+        self.got, self.signal, self.skipped = 0, 0, {}
         self.rank = int(os.getenv("RANK", 0))
         self.world = int(os.getenv("WORLD_SIZE", 1))
         name = cfg.device
@@ -990,7 +990,7 @@ class Run:
         signal.signal(signal.SIGTERM, self.on_signal)
 
     def on_signal(self, number, frame):
-        self.signal = number
+        self.got = number  # on this rank
         signal.signal(number, signal.SIG_DFL)  # the second one ends it
         os.write(1, b"stopping after this step; again: at once\n")
 
@@ -1100,7 +1100,7 @@ class Run:
 
     def after_step(self, step, model, optimizer, keep=2, **state):
         """Save where it is due; True on all ranks if one got Ctrl-C or SIGTERM."""
-        self.signal = max(self.gather(self.signal))
+        self.signal = max(self.gather(self.got))
         due = self.cfg.save_every and step % self.cfg.save_every == 0
         if self.rank == 0 and (self.signal or due or step == self.cfg.steps):
             folder = self.folder / f"step-{step:06d}"  # appears whole or not at all

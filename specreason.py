@@ -931,7 +931,7 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg, self.started = cfg, time.time()
-        self.signal, self.skipped = 0, {}
+        self.got, self.signal, self.skipped = 0, 0, {}
         self.rank = int(os.getenv("RANK", 0))
         self.world = int(os.getenv("WORLD_SIZE", 1))
         name = cfg.device
@@ -951,7 +951,7 @@ class Run:
         signal.signal(signal.SIGTERM, self.on_signal)
 
     def on_signal(self, number, frame):
-        self.signal = number
+        self.got = number  # on this rank
         signal.signal(number, signal.SIG_DFL)  # the second one ends it
         os.write(1, b"stopping after this step; again: at once\n")
 
@@ -1061,7 +1061,7 @@ class Run:
 
     def after_step(self, step, model, optimizer, keep=2, **state):
         """Save where it is due; True on all ranks if one got Ctrl-C or SIGTERM."""
-        self.signal = max(self.gather(self.signal))
+        self.signal = max(self.gather(self.got))
         due = self.cfg.save_every and step % self.cfg.save_every == 0
         if self.rank == 0 and (self.signal or due or step == self.cfg.steps):
             folder = self.folder / f"step-{step:06d}"  # appears whole or not at all
@@ -1162,7 +1162,7 @@ class Records(Run):
 
     def save(self, records):
         """Write step-N if it is due or a rank got a signal; if so, the logs follow."""
-        self.signal, step = max(self.gather(self.signal)), len(records)
+        self.signal, step = max(self.gather(self.got)), len(records)
         due = step % self.cfg.save_every < self.world or step == self.cfg.steps or self.signal > 0
         if due and self.rank == 0:
             unfinished = self.folder / "records.tmp"  # step-N appears whole or not at all

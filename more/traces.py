@@ -104,7 +104,7 @@ def sample_lines(run: Run, model, prompter: Prompter) -> list[dict]:
         accuracy, length = mean(c.score["correct"] for c in done), mean(map(num_tokens, done))
         seen = f"accuracy {accuracy:.3f}, completion_length {length:.0f}, kept {len(lines)}"
         run.say(f"{numbers[-1] + 1} of {cfg.sample} problems: {seen}")
-        run.signal = max(run.gather(run.signal))
+        run.signal = max(run.gather(run.got))
         if run.signal:
             break
     return lines

@@ -374,7 +374,7 @@ def test_ctrl_c_writes_what_there_is(tool, monkeypatch):
     real = traces.rollout
 
     def rollout(run, *args, **options):
-        run.signal = 2
+        run.got = 2
         return real(run, *args, **options)
 
     monkeypatch.setattr(traces, "rollout", rollout)
