@@ -26,25 +26,35 @@ SAME = "--steps 2 --batch_size 8 --max_new_tokens 40 --eval_problems 2 --eval_sa
 GROUPS = f"{SAME} --warmup_steps 10 --group_size 4"
 NOISE = "--reward cosine --repetition_penalty 1 --repetition_n 1"  # by length and repeated tokens
 CRITIC = "--kl_coef 0.1 --value_clip 0.5 --gae_lambda 0.9 --critic_warmup 1"
-# The scripts on the new blocks, a line each: the smallest flags; more of them, so that a checkpoint
-# and the ranks have as much to hold as they can. The shared tests take every script from here.
-NEW = {
+# Scripts that train, a line each: the smallest flags; more of them, so that a checkpoint and the
+# ranks have as much to hold as they can. The shared tests take every script from here.
+TRAINING = {
     "grpo": (
         f"{GROUPS} --no-decay --aggregation token --overlong_cache 40",
         "--lr 0.01 --updates 2 --kl_coef 0.1 --ref_every 1 --dynamic_sampling 1",
     ),
     "nsr": (f"{GROUPS} --updates 1 --normaliser sample", "--updates 2 --lr 0.01"),
     "ppo": (f"{GROUPS} --no-decay --mini_batches 2 {NOISE}", f"{CRITIC} --epochs 2 --lr 0.01"),
+    "sft": (f"{SAME} --warmup_steps 10", "--loss_on thought --micro_batch_tokens 64 --lr 0.01"),
+    "coconut": (  # the last stage, all steps are thoughts; from stage to stage
+        f"{SAME} --mode no_curriculum",
+        "--mode coconut --stage_steps 2 --uniform_prob 0.2 --c 2 --weight_decay 0.1 --lr 0.01",
+    ),
+    "recurrent_depth": (
+        "--task s3:elements=10 --steps 2 --batch_size 8 --hidden_size 16 --num_heads 2 "
+        "--eval_problems 3 --eval_samples 1 --warmup_steps 10 --test_r 4",
+        "--lr 0.01 --micro_batch_tokens 44",  # two micro-batches, each with its own r
+    ),
 }
-SMALL = {script: flags for script, (flags, _) in NEW.items()} | {
-    "sft": f"{SAME} --warmup_steps 10",
-    # the last stage: all steps are thoughts
-    "coconut": f"{SAME} --mode no_curriculum",
-    "recurrent_depth": "--task s3:elements=10 --steps 2 --batch_size 8 --hidden_size 16 "
-    "--num_heads 2 --eval_problems 3 --warmup_steps 10 --test_r 4",
+SOLVING = {  # scripts that train nothing: the smallest flags
     "budget_forcing": "--caps 4,8,12 --max_new_tokens 20 --eval_problems 3 --waits 1,2",
-    "specreason": "--draft tiny-draft --eval_problems 2 --max_new_tokens 24 --max_step_tokens 12",
+    "specreason": "--draft tiny-draft --eval_problems 2 --max_new_tokens 12 --max_step_tokens 6 "
+    "--save_every 1",
 }
+SMALL = {script: flags for script, (flags, _) in TRAINING.items()} | SOLVING
+# flags of a run of four steps or more without evaluations; what is its last step
+LONG = dict.fromkeys(TRAINING, ("--steps 4 --eval_problems 0", 4))
+LONG |= {"budget_forcing": ("", 5), "specreason": ("--eval_problems 4", 4)}
 
 
 @pytest.fixture(autouse=True)
@@ -83,17 +93,23 @@ def run(cwd, small, capfd):
 
     def run(script: str, flags: str = "", model=small, base: bool = True) -> SimpleNamespace:
         module = importlib.import_module(script)
-        model = None if script == "recurrent_depth" and model is small else model
-        argv = [*SMALL[script].split() * base, *(["--model", str(model)] if model else [])]
+        if base:
+            flags = f"{SMALL[script]} --model {model_of(script, model)} {flags}"
         capfd.readouterr()
         try:
-            code = module.main(loop_of(module), module.Config, [*argv, *flags.split()])
+            code = module.main(loop_of(module), module.Config, flags.split())
         except SystemExit as left:  # argparse
             code = left.code
         out, err = capfd.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)
 
     return run
+
+
+def model_of(script: str, model) -> str:
+    """The small model, or for a script that has a model of its own a new one."""
+    is_small = Path(model).name == "small"
+    return "scratch" if script == "recurrent_depth" and is_small else str(model)
 
 
 def loop_of(module):
@@ -123,9 +139,25 @@ def lines_of(path: Path) -> list[dict]:
 
 def metrics_of(folder: Path, evaluations: bool = False) -> list[dict]:
     """The lines of metrics.jsonl, without times: of the training steps, or of the evaluations."""
-    lines, timed = lines_of(folder / "metrics.jsonl"), re.compile("seconds|.*_per_s")
+    timed = re.compile(r"(eval/)?(seconds|speedup)|.*_per_s")
+    lines = lines_of(folder / "metrics.jsonl")
     rows = [row for row in lines if ("eval/accuracy" in row) == evaluations and len(row) > 2]
     return [{name: x for name, x in row.items() if not timed.match(name)} for row in rows]
+
+
+def records_of(folder: Path) -> list:
+    """What the checkpoints of a script that trains nothing hold, without times and scores.
+
+    A score is a mean probability, which the rows decoded beside it change in its last digits.
+    """
+
+    def kept(x):
+        if isinstance(x, dict):
+            return {k: kept(v) for k, v in x.items() if k != "score" and "seconds" not in k}
+        return [kept(value) for value in x] if isinstance(x, list) else x
+
+    paths = sorted(folder.glob("step-*/records.json"))
+    return [kept(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
 def nothing(*args) -> None: ...
@@ -169,10 +201,11 @@ def run_ranks(cwd, small, monkeypatch):
         module, ranks, gradients = importlib.import_module(script), ThreadRanks(world), []
         codes = [None] * world
 
-        class Run(module.Run):
-            def __init__(self, cfg):
-                super().__init__(cfg)
-                self.rank, self.world = ranks.local.rank, world
+        begin = module.Run.__init__
+
+        def init(self, cfg):
+            begin(self, cfg)
+            self.rank, self.world = ranks.local.rank, world
 
         def step(optimizer, *args, **kwargs):  # after the sum over ranks
             if ranks.local.rank == 0:
@@ -181,9 +214,9 @@ def run_ranks(cwd, small, monkeypatch):
 
         def work(rank: int) -> None:
             ranks.local.rank = rank
-            argv = [*SMALL[script].split(), "--model", str(small), *flags.split()]
+            argv = f"{SMALL[script]} --model {model_of(script, small)} {flags}".split()
             try:
-                codes[rank] = module.main(module.train, module.Config, argv)
+                codes[rank] = module.main(loop_of(module), module.Config, argv)
             finally:
                 if codes[rank] != 0:
                     ranks.barrier.abort()  # the others do not wait for it
@@ -191,7 +224,7 @@ def run_ranks(cwd, small, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(module, "dist", ranks)
             patch.setattr(signal, "signal", nothing)  # a thread may not set a handler
-            patch.setattr(module, "Run", Run)
+            patch.setattr(module.Run, "__init__", init)
             patch.setenv("WORLD_SIZE", str(world))
             patch.setattr(torch.optim.AdamW, "step", step)
             threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]

@@ -417,7 +417,7 @@ def test_mixed_batches_are_of_any_stage(run, cwd):
 @pytest.mark.parametrize("mode", ["cot", "no_cot", "no_thoughts", "pause"])
 def test_controls_run_and_go_on(run, cwd, mode):
     assert run("coconut", f"--mode {mode} --out a").code == 0
-    done = run("coconut", "--resume a --steps 3", model=None, base=False)
+    done = run("coconut", "--resume a --steps 3", base=False)
     assert done.code == 0, done.err
 
 

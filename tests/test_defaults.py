@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 import torch
-from conftest import NEW
+from conftest import TRAINING
 
 QWEN = {
     "model_type": "qwen2",
@@ -25,7 +25,12 @@ HALF["num_attention_heads"] = 14
 TINY = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 230, "num_hidden_layers": 4}
 LARGE = {"lr": 1e-6, "batch_size": 512, "max_new_tokens": 1024, "micro_batch_tokens": 16384}
 CHOSEN = {"ppo": {"critic_lr": 1e-5, "repetition_n": 40}}  # beyond LARGE
-every = pytest.mark.parametrize("script", NEW)
+# all that train the shared model, and of these what trains on groups of its own answers
+WITH_MODEL = [s for s in TRAINING if hasattr(importlib.import_module(s), "rollout")]
+every = pytest.mark.parametrize("script", WITH_MODEL)
+grouped = pytest.mark.parametrize(
+    "script", [s for s in WITH_MODEL if hasattr(importlib.import_module(s).Config, "group_size")]
+)
 
 
 @pytest.fixture
@@ -47,7 +52,7 @@ def load(monkeypatch):
     return load
 
 
-@every
+@grouped
 def test_a_run_that_an_expert_would_have_configured(load, script):
     run, model, sampler = load(script, "cuda", "--model Qwen2.5-1.5B --task countdown")
     chosen = LARGE | CHOSEN.get(script, {})
@@ -63,7 +68,7 @@ def test_a_run_that_an_expert_would_have_configured(load, script):
     assert model.checkpointing
 
 
-@every
+@grouped
 def test_it_fits_one_card(load, script):
     """80 GB: the parts that are there at once, for prompts of 256 tokens."""
     run, model, sampler = load(script, "cuda")
@@ -83,7 +88,8 @@ def test_it_fits_one_card(load, script):
 def test_given_values_stay(load, script):
     run, *_ = load(script, "cuda", "--lr 0.003 --batch_size 64")
     assert (run.cfg.lr, run.cfg.batch_size) == (0.003, 64)
-    assert run.cfg.max_new_tokens == LARGE["max_new_tokens"]
+    largest = importlib.import_module(script).BY_SIZE["max_new_tokens"][2]
+    assert run.cfg.max_new_tokens == largest
 
 
 @every
@@ -97,7 +103,7 @@ def test_the_larger_the_model_the_lower_the_rate(load, script, device):
         for name, values in by_size.items():
             large = device == "cuda" and name == "micro_batch_tokens"
             assert getattr(run.cfg, name) == values[2 if large else column], name
-        assert run.cfg.batch_size % run.cfg.group_size == 0
+        assert run.cfg.batch_size % getattr(run.cfg, "group_size", 1) == 0
         assert (sampler is model) == (device == "cpu") and model.checkpointing == (column == 2)
 
 

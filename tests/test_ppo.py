@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NEW, FakeRun, eight_answers, lines_of, metrics_of
+from conftest import TRAINING, FakeRun, eight_answers, lines_of, metrics_of
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -603,7 +603,7 @@ def test_the_gradient_has_the_sign_of_the_exact_one():
 
 def test_what_a_run_logs(run, cwd):
     """The critic's warm-up, KL and penalty in the log, the rewards by type in the samples."""
-    assert run("ppo", f"--steps 2 --out a --eval_problems 0 {NEW['ppo'][1]}").code == 0
+    assert run("ppo", f"--steps 2 --out a --eval_problems 0 {TRAINING['ppo'][1]}").code == 0
     first, second = metrics_of(cwd / "a")
     assert first["lr"] == 0 < first["critic_lr"] and second["lr"] > 0
     assert "grad_norm" not in first and second["grad_norm"] > 0 and second["critic_grad_norm"] > 0
@@ -620,10 +620,10 @@ def test_resume_refuses_another_critic(run, cwd):
 
     assert run("ppo", "--out a --eval_problems 0 --steps 1").code == 0
     before, again = held(), "--resume a --steps 2 --repetition_penalty"
-    done = run("ppo", f"{again} 0", model=None, base=False)
+    done = run("ppo", f"{again} 0", base=False)
     assert done.code == 2 and done.err.startswith("ppo.py: error: --repetition_penalty"), done.err
     assert before == held()
-    assert run("ppo", f"{again} 1", model=None, base=False).code == 0
+    assert run("ppo", f"{again} 1", base=False).code == 0
     assert [row["step"] for row in metrics_of(cwd / "a")] == [1, 2]
 
 

@@ -2,7 +2,7 @@
 
 A test calls main(train, Config, flags) in this process with a random model of two layers; what
 needs a process of its own stands in test_processes.py. A new script takes part by its line in
-conftest.NEW.
+conftest.TRAINING or SOLVING. What lies in a shared block alone is tested with one script.
 """
 
 import doctest
@@ -19,23 +19,42 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NEW, ROOT, finish, lines_of, metrics_of
+from conftest import LONG, ROOT, SMALL, SOLVING, TRAINING, finish, lines_of, metrics_of, records_of
+from rewards import make_task
 from safetensors.torch import load_file, save_file
-
-every = pytest.mark.parametrize("script", NEW)
-one = pytest.mark.parametrize("script", ["grpo"])  # what lies in the shared blocks alone
-COMMON = "step seconds tokens loss entropy grad_norm lr tokens_per_s reward accuracy clipped_ratio "
-COMMON += "completion_length rows_trained prompts seconds_sample seconds_train sampler_gap"
-OWN_METRICS = {
-    "grpo": "reward_std frac_reward_zero_std clip_frac_low clip_frac_high kl sampler_gap_max",
-    "nsr": "frac_all_right optimizer_steps clip_frac_low sampler_gap_max",
-    "ppo": "explained_variance value_mean value_loss approx_kl clip_frac_low clip_frac_high "
-    "critic_grad_norm critic_lr repeated_share kl",
-}
+from tokenizers import Tokenizer
 
 
 def module(script: str):
     return importlib.import_module(script)
+
+
+def flags_of(script: str) -> set[str]:
+    return {f.name for f in fields(module(script).Config)}
+
+
+# scripts that train on groups of answers which they sample themselves
+GROUPED = [script for script in TRAINING if "group_size" in flags_of(script)]
+every = pytest.mark.parametrize("script", SMALL)
+training = pytest.mark.parametrize("script", TRAINING)
+grouped = pytest.mark.parametrize("script", GROUPED)
+one = pytest.mark.parametrize("script", ["grpo"])  # what lies in the shared blocks alone
+COMMON = "step seconds tokens loss grad_norm lr tokens_per_s "
+GROUPS = COMMON + "entropy reward accuracy clipped_ratio completion_length rows_trained prompts "
+GROUPS += "seconds_sample seconds_train sampler_gap clip_frac_low "
+METRICS = {
+    "grpo": GROUPS + "reward_std frac_reward_zero_std clip_frac_high kl sampler_gap_max",
+    "nsr": GROUPS + "frac_all_right optimizer_steps sampler_gap_max",
+    "ppo": GROUPS + "explained_variance value_mean value_loss approx_kl clip_frac_high "
+    "critic_grad_norm critic_lr repeated_share kl",
+    "sft": COMMON + "entropy",
+    "coconut": COMMON + "entropy rows_right stage",
+    "recurrent_depth": COMMON + "accuracy recurrences state_correlation",
+}
+SAMPLED = "eval/pass@1 eval/pass@2 eval/entropy eval/completion_length"
+DEPTHS = "eval/accuracy@4 eval/loss/full eval/iterations/exit eval/agreement"
+EVALUATIONS = "--eval_problems 2 --eval_every 1"
+EVALUATED = dict.fromkeys(TRAINING, SAMPLED) | {"recurrent_depth": DEPTHS}
 
 
 def checkpoint(folder: Path, step: int) -> Path:
@@ -55,6 +74,11 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def samples(folder: Path) -> list[dict]:
+    path = folder / "samples.jsonl"
+    return lines_of(path) if path.exists() else []
+
+
 def about(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
@@ -71,8 +95,9 @@ def made(run, cwd, shelf):
     def made(name: str, script: str = "grpo", flags: str = "") -> Path:
         kept = shelf / re.sub(r"\W+", "_", f"{script} {flags}")
         if not kept.exists():
-            done = run(script, f"{flags} --eval_problems 0 --out {name}")
-            assert done.code == 0, done.err
+            quick = "--eval_problems 0" if script in TRAINING else ""
+            done = run(script, f"{quick} {flags} --out {name}")
+            assert (done.code, done.err) == (0, ""), done.err
             shutil.copytree(cwd / name, kept)
         if not (cwd / name).exists():
             shutil.copytree(kept, cwd / name)
@@ -94,13 +119,13 @@ def half_right(monkeypatch):
 
 def go_on(run, script: str, folder: str, flags: str = ""):
     """A run that is resumed, by nothing but its folder and these flags."""
-    return run(script, f"--resume {folder} {flags}", model=None, base=False)
+    return run(script, f"--resume {folder} {flags}", base=False)
 
 
 # ------------------------------------------------------------------------------ import and help
 
 
-@pytest.mark.parametrize("name", ["rewards", *NEW])
+@pytest.mark.parametrize("name", ["rewards", *SMALL])
 def test_docstring_examples(name):
     failed, _ = doctest.testmod(module(name))
     assert not failed
@@ -124,7 +149,7 @@ print("imported")
 def test_import_runs_nothing(cwd):
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     env.pop("HF_HUB_OFFLINE")
-    command, pipe = [sys.executable, "-c", ALONE, *NEW], subprocess.PIPE
+    command, pipe = [sys.executable, "-c", ALONE, *SMALL], subprocess.PIPE
     process = subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, encoding="utf-8")
     done = finish(process)
     assert (done.code, done.out, done.err) == (0, "imported\n", "")
@@ -147,121 +172,112 @@ def test_help(script, run, cwd):
 
 @every
 def test_files_of_a_run(made, script):
-    folder = made("a", script)
-    files = {"run.json", "metrics.jsonl", "samples.jsonl", f"{script}.py", "step-000002"}
-    assert {path.name for path in folder.iterdir()} == files
+    folder = made("a", script, LONG[script][0])
+    files = {path.name for path in folder.iterdir()} - {"samples.jsonl"}
+    steps = {path.name for path in module(script).checkpoints(folder)}
+    assert files - steps == {"run.json", "metrics.jsonl", f"{script}.py"}
     assert (folder / f"{script}.py").read_bytes() == (ROOT / f"{script}.py").read_bytes()
-    names = "config generation_config tokenizer tokenizer_config".split()
-    files = {f"{name}.json" for name in names} | {"model.safetensors", "trainer.pt"}
-    assert {path.name for path in checkpoint(folder, 2).iterdir()} == files
-    modes = {oct(path.stat().st_mode) for path in (folder / "step-000002").glob("*.*")}
-    assert len(modes) == 1  # all readable by whoever may read one of them
+    last = checkpoint(folder, LONG[script][1])
+    assert max(steps) == last.name and metrics_of(folder)[-1]["step"] == LONG[script][1]
+    found = {path.name for path in last.iterdir()}
+    if script in SOLVING:
+        assert found == {"records.json"}
+        return
+    files = {"config.json", "model.safetensors", "tokenizer.json", "trainer.pt"}
+    if about(folder)["config"]["model"] != "scratch":  # what came with the model goes with it
+        files |= {"generation_config.json", "tokenizer_config.json"}
+    assert found == files
+    assert len({oct(path.stat().st_mode) for path in last.glob("*.*")}) == 1  # as the umask has it
 
 
 @every
 def test_run_json_says_what_was_run(made, script, small):
-    found = about(made("a", script))
+    found = about(made("a", script, LONG[script][0]))
     assert found["script"] == f"{script}.py" and "cpu" in found["device"]
     assert found["torch"] == torch.__version__ and found["command"] == " ".join(sys.argv)
-    assert set(found["config"]) == {f.name for f in fields(module(script).Config)}
-    assert found["config"]["model"] == str(small) and found["config"]["batch_size"] == 8
-    assert found["config"]["lr"] == module(script).BY_SIZE["lr"][0]  # chosen, and noted as chosen
+    assert set(found["config"]) == flags_of(script)
+    assert found["config"]["model"] in (str(small), "scratch")
+    for name, (chosen, _, _) in module(script).BY_SIZE.items():
+        if f"--{name} " not in SMALL[script]:  # chosen, and noted as chosen
+            assert found["config"][name] == chosen
 
 
-@every
-def test_metrics(run, cwd, script):
-    assert run(script, "--out a").code == 0
-    rows = lines_of(cwd / "a" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 2, 0]
-    wanted = {*COMMON.split(), *OWN_METRICS.get(script, "").split()}
-    for row in rows[:2]:
-        assert wanted <= set(row), wanted - set(row)
-    wanted = {"eval/accuracy", "eval/accuracy_se", "eval/pass@1", "eval/pass@2", "eval/entropy"}
-    for row in rows[2:]:
-        assert wanted <= set(row), wanted - set(row)
+@training
+def test_metrics(made, script):
+    rows = lines_of(made("a", script, EVALUATIONS) / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "loss" not in row]
+    assert [row["step"] for row in steps] == [1, 2]
+    assert [row["step"] for row in evaluations] == [1, 2, 0]
+    for row in steps:
+        assert set(METRICS[script].split()) <= set(row), METRICS[script]
+    for row in evaluations:
+        assert {"eval/accuracy", "eval/accuracy_se", *EVALUATED[script].split()} <= set(row)
     assert all(isinstance(value, (int, float)) for row in rows for value in row.values())
 
 
-@every
-def test_samples(made, script):
-    folder = made("a", script)
-    rows = lines_of(folder / "samples.jsonl")
-    assert [row["step"] for row in rows] == [1] * 8 + [2] * 8
-    assert [row["group"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+@pytest.mark.parametrize("script", [script for script in SMALL if script != "sft"])
+def test_samples(made, small, script):
+    made_with = EVALUATIONS if script in TRAINING else LONG[script][0]
+    rows = samples(made("a", script, made_with))
     names = "step group problem prompt tokens pieces logprobs mask rewards advantage truncated"
-    tokenizer = module(script).load_model(checkpoint(folder, 2)).tokenizer
+    folder = small if script in SOLVING else checkpoint(Path("a"), 2)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert rows
     for row in rows:
         assert set(row) == set(names.split())
         counts = {len(row[name]) for name in ("tokens", "pieces", "logprobs", "mask")}
-        assert len(counts) == 1 and 0 < counts.pop() <= 40
+        assert len(counts) == 1 and 0 < counts.pop() <= 64
         assert set(row["mask"]) <= {0, 1} and all(p <= 0 for p in row["logprobs"])
         text = tokenizer.decode(row["tokens"], skip_special_tokens=False)
         assert "".join(row["pieces"]) == text
-        assert row["truncated"] == (len(row["tokens"]) == 40 and row["tokens"][-1] != 1)
-        assert {"format", "answer", "correct", "total"} <= set(row["rewards"])
-        assert set(row["problem"]) == {"numbers", "target"} and row["prompt"].endswith("<think>")
+    if script in GROUPED:
+        assert [row["step"] for row in rows] == [1] * 8 + [2] * 8
+        assert [row["group"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+        for row in rows:
+            assert row["truncated"] == (len(row["tokens"]) == 40 and row["tokens"][-1] != 1)
+            assert {"format", "answer", "correct", "total"} <= set(row["rewards"])
+            assert set(row["problem"]) == {"numbers", "target"} and row["prompt"][-7:] == "<think>"
 
 
-@every
+@training
 def test_what_a_run_says(run, cwd, script):
     """Without a terminal: a line a step, a sample, a table, and how to go on."""
-    done = run(script, "--out a --steps 11")
+    done = run(script, "--out a --steps 11 --eval_problems 1 --eval_samples 1")
     assert (done.code, done.err) == (0, "") and "\r" not in done.out
     steps = [int(n) for n in re.findall(r"^step (\d+)/11\b", done.out, re.MULTILINE)]
-    assert steps[:11] == list(range(1, 12))
-    assert len(re.findall(r"<think>' '", done.out)) == 2  # one sample every ten steps
+    assert steps == [*range(1, 12), 11, 0]
+    if script in GROUPED:
+        assert len(re.findall(r"<think>' '", done.out)) == 2  # one sample every ten steps
     assert re.search(r"^eval/accuracy +\d\.\d+ -> +\d\.\d+$", done.out, re.MULTILINE)
     assert "--resume a --steps 22" in done.out
 
 
-@one
+@every
 def test_default_folder_has_the_time(run, cwd, script):
-    for _ in range(2):
-        assert run(script, "--eval_problems 0 --steps 0").code == 0
-        (folder,) = (cwd / "out").iterdir()
-        assert re.fullmatch(rf"{script}-Countdown-0-\d{{6}}-\d{{6}}", folder.name)
-        shutil.rmtree(cwd / "out")
+    assert run(script, "--steps 0 --eval_problems 0" if script in TRAINING else "").code == 0
+    (folder,) = (cwd / "out").iterdir()
+    task = type(make_task(about(folder)["config"]["task"])).__name__
+    assert re.fullmatch(rf"{script}-{task}-0-\d{{6}}-\d{{6}}", folder.name)
 
 
-@one
-def test_a_folder_that_holds_a_run_is_refused(made, run, cwd, script):
-    before = contents(made("a", script))
-    done = run(script, "--out a")
-    assert done.code == 2 and done.err.count("\n") == 1 and "--resume" in done.err
-    assert contents(cwd) == before
-    (cwd / "empty").mkdir()
-    assert run(script, "--eval_problems 0 --out empty").code == 0
+@training
+def test_another_seed_is_another_run(made, script):
+    """That the same seed gives the same run, the tests of resuming show."""
+    a, b = (metrics_of(made(name, script, f"--seed {i}")) for i, name in enumerate("ab"))
+    assert all(one["loss"] != other["loss"] for one, other in zip(a, b, strict=True))
+    assert all(row["rows_trained"] > 0 for row in a if script in GROUPED)
 
 
-@every
-def test_same_seed_same_run(run, cwd, script):
-    for name, flags in {"a": "", "b": "", "c": "--seed 1", "d": "--micro_batch_tokens 64"}.items():
-        assert run(script, f"--out {name} {flags}").code == 0
-    same_run(cwd / "a", cwd / "b", 2)
-    assert metrics_of(cwd / "a", True) == metrics_of(cwd / "b", True)
-    a, c, d = (metrics_of(cwd / name) for name in "acd")
-    assert all(one["loss"] != other["loss"] for one, other in zip(a, c, strict=True))
-    close(a, d, 1e-5)  # the split into micro-batches changes nothing but rounding
-    assert all(row["rows_trained"] > 0 for row in a)
-
-
-@every
-def test_no_steps_only_evaluate(run, cwd, script):
+@training
+def test_no_steps_only_evaluate(made, run, cwd, script):
     """And the evaluation of the start is the one that stands in the table of a run."""
-    assert run(script, "--steps 0 --out none").code == 0
+    assert run(script, "--steps 0 --eval_problems 2 --out none").code == 0
     assert not list((cwd / "none").glob("step-*")) and not metrics_of(cwd / "none")
-    assert run(script, "--out some").code == 0
     (before,) = metrics_of(cwd / "none", True)
-    after, start = metrics_of(cwd / "some", True)
+    *_, after, start = metrics_of(made("some", script, EVALUATIONS), True)
     assert (before["step"], after["step"], start["step"]) == (0, 2, 0)
     assert before == start != after
-
-
-@every
-def test_evaluations_while_training(run, cwd, script):
-    assert run(script, "--out a --steps 3 --eval_every 1").code == 0
-    assert [row["step"] for row in metrics_of(cwd / "a", True)] == [1, 2, 3, 0]
-    assert [row["step"] for row in metrics_of(cwd / "a")] == [1, 2, 3]
 
 
 def test_a_folder_wins_over_a_short_name(run, cwd, small):
@@ -273,10 +289,13 @@ def test_a_folder_wins_over_a_short_name(run, cwd, small):
 
 
 def same_run(first: Path, second: Path, step: int) -> None:
-    """Equal metrics but for times; equal samples, weights and trainer state to the last bit."""
+    """Equal metrics but for times; equal samples, weights, trainer state or records."""
     assert metrics_of(first) == metrics_of(second)
-    assert (first / "samples.jsonl").read_bytes() == (second / "samples.jsonl").read_bytes()
+    assert samples(first) == samples(second)
     folders = [checkpoint(run, step) for run in (first, second)]
+    if records_of(first):
+        assert records_of(first) == records_of(second)
+        return
     assert equal(*map(weights, folders))
     states = [torch.load(folder / "trainer.pt", weights_only=True) for folder in folders]
     assert same(*states), "the trainers' states differ"
@@ -294,25 +313,21 @@ def same(first, second) -> bool:
     return first == second
 
 
-@every
-@pytest.mark.parametrize("hard", [False, True], ids=["small", "hard"])
-def test_resumed_run_equals_the_unbroken_one(run, cwd, script, hard, half_right):
-    flags = NEW[script][1] if hard else ""
-    assert run(script, f"--steps 4 --save_every 2 --out whole {flags}").code == 0
+@training
+def test_resumed_run_equals_the_unbroken_one(run, cwd, script, half_right):
+    """With much to go on with; with little: test_a_run_that_is_broken_off_again_and_again."""
+    flags = f"--eval_problems 0 {TRAINING[script][1]}"
+    assert run(script, f"--steps 4 --out whole {flags}").code == 0
     rows = metrics_of(cwd / "whole")
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[3]["grad_norm"] > 0
-    if hard and script == "grpo":
+    if script == "grpo":
         assert rows[3]["kl"] > 0 and rows[3]["prompts"] > 8, "the case is to be harder than this"
-    # another command ends after two steps and goes on
+    if script == "coconut":
+        assert len({row["stage"] for row in rows}) > 1, "the case is to be harder than this"
     assert run(script, f"--out halves {flags}").code == 0
     done = go_on(run, script, "halves", "--steps 4")
     assert done.code == 0, done.err
     same_run(cwd / "whole", cwd / "halves", 4)
-    # the same command lost everything after step 2, its logs did not
-    shutil.copytree(cwd / "whole", cwd / "cut")
-    shutil.rmtree(checkpoint(cwd / "cut", 4))
-    assert go_on(run, script, "cut").code == 0
-    same_run(cwd / "whole", cwd / "cut", 4)
 
 
 @one
@@ -326,13 +341,12 @@ def test_resume_of_a_finished_run_only_evaluates(made, run, cwd, script):
 @pytest.mark.parametrize("half_line", ["", '{"step": 3, "los', '{"step": 3, "p": {"t": 4}', "\0"])
 def test_resume_drops_what_lies_beyond_the_checkpoint(made, run, cwd, half_line):
     """Whole lines of later steps, and the half of one that a kill or a full disk leaves."""
-    made("a"), made("b")
+    made("whole", flags="--steps 3"), made("a")
     for name in ("metrics.jsonl", "samples.jsonl"):
-        with (cwd / "b" / name).open("a", encoding="utf-8") as file:
+        with (cwd / "a" / name).open("a", encoding="utf-8") as file:
             file.write('{"step": 3, "loss": 9}\n' + half_line)
-    for name in "ab":
-        assert go_on(run, "grpo", name, "--steps 3").code == 0
-    same_run(cwd / "a", cwd / "b", 3)
+    assert go_on(run, "grpo", "a", "--steps 3").code == 0
+    same_run(cwd / "whole", cwd / "a", 3)
 
 
 @one
@@ -361,14 +375,28 @@ def test_only_the_newest_checkpoints_stay(made, run, cwd, script):
     assert (checkpoint(cwd / "a", 4) / "trainer.pt").stat().st_size > 1000
 
 
-# --------------------------------------------------------------------------------- interruption
+# ------------------------------------------------------------------------ interruption and kills
 
 
-@every
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_after_the_step(made, run, cwd, script, number, code, monkeypatch):
-    """All is saved, and the run that goes on ends as the unbroken one."""
-    made("whole", script, "--steps 4")
+class Killed(BaseException): ...
+
+
+def die(*args, **options):
+    raise Killed
+
+
+def die_at_old(path, *args, remove=shutil.rmtree, **options):
+    if re.fullmatch(r"step-\d+", Path(path).name):
+        raise Killed
+    remove(path, *args, **options)
+
+
+def full(*args, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nand more lines")
+
+
+def interrupted(run, script: str, flags: str, number: int, monkeypatch):
+    """A run that gets the signal as it logs its second step."""
     real = module(script).Run.log
 
     def log(self, step, *args, **options):
@@ -378,41 +406,73 @@ def test_a_signal_stops_after_the_step(made, run, cwd, script, number, code, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(module(script).Run, "log", log)
-        done = run(script, "--steps 4 --eval_problems 0 --out a")
-    assert (done.code, done.err) == (code, "") and "--resume a" in done.out
-    assert [row["step"] for row in metrics_of(cwd / "a")] == [1, 2]
-    assert go_on(run, script, "a").code == 0
-    same_run(cwd / "whole", cwd / "a", 4)
+        return run(script, flags)
+
+
+def go_on_until_killed(run, script: str, place: tuple, monkeypatch) -> None:
+    """Resume run a; where it saves, it dies. What is there of checkpoints then is whole."""
+    with monkeypatch.context() as patch:
+        patch.setattr(*place)
+        with pytest.raises(Killed):
+            go_on(run, script, "a", "--save_every 1" if script in TRAINING else "")
+    for folder in module(script).checkpoints(Path("a")):
+        whole = script in SOLVING or module(script).load_model(folder)
+        assert whole and (folder / ("records.json" if script in SOLVING else "trainer.pt")).exists()
+
+
+numbers = 4 * [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.mark.parametrize("script, number", list(zip(SMALL, numbers, strict=True)))
+def test_a_run_that_is_broken_off_again_and_again(made, run, cwd, script, number, monkeypatch):
+    """By a signal, no memory, kills within a save: each time it goes on, to the same end."""
+    flags, last = LONG[script]
+    made("whole", script, flags)
+    done = interrupted(run, script, f"{flags} --out a", number, monkeypatch)
+    assert (done.code, done.err) == (128 + number, "") and "--resume a" in done.out
+    stopped = metrics_of(cwd / "a")[-1]["step"]
+    assert module(script).checkpoints(cwd / "a")[-1] == checkpoint(cwd / "a", stopped)
+    assert 2 <= stopped < last
+    # its folder is not for another run
+    before = contents(cwd)
+    done = run(script, "--out a")
+    assert done.code == 2 and done.err.count("\n") == 1 and "--resume" in done.err
+    assert contents(cwd) == before
+    # its logs go beyond the checkpoint, and end in half a line
+    for log in (cwd / "a").glob("*.jsonl"):
+        log.write_bytes(log.read_bytes() + b'{"step": 9, "loss": 9}\n{"st')
+    places = [(Path, "rename", die)]
+    if script in TRAINING:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", full)
+            done = go_on(run, script, "a")
+        assert done.code == 1 and "--micro_batch_tokens" in done.err and done.err.count("\n") == 1
+        places += [(module(script), "save_file", die), (torch, "save", die)]
+        places += [(shutil, "rmtree", die_at_old)]  # of the old one, and the new one stands
+    for place in places:
+        go_on_until_killed(run, script, place, monkeypatch)
+    done = go_on(run, script, "a")
+    assert (done.code, done.err) == (0, "")
+    same_run(cwd / "whole", cwd / "a", last)
 
 
 @one
-@pytest.mark.parametrize("ends_at", ["weights", "trainer", "rename", "removal of the old"])
-def test_a_save_that_ends_anywhere(made, run, cwd, script, ends_at, monkeypatch):
-    """A checkpoint appears whole or not at all, and the run goes on from a whole one."""
-    made("whole", script, "--steps 5 --save_every 1")
-    made("a", script, "--steps 3 --save_every 1")
-    remove = shutil.rmtree
+def test_a_signal_while_a_step_is_saved(run, cwd, script, monkeypatch):
+    """It counts for the next step: no rank leaves alone, and none before what it did is saved."""
+    real, waits = module(script).Run.gather, []
 
-    class Killed(BaseException): ...
+    def gather(self, value):
+        if value == 0 and len(lines_of(cwd / "a" / "metrics.jsonl")) == 2:
+            waits.append(value)  # for the signals of the ranks, then for the disk
+            if len(waits) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, value)
 
-    def die(*args, **options):
-        raise Killed
-
-    def remove_tmp(path, *args, **options):
-        if not str(path).endswith(".tmp"):
-            raise Killed
-        remove(path, *args, **options)
-
-    parts = {"weights": (module(script), "save_file", die), "trainer": (torch, "save", die)}
-    parts |= {"rename": (Path, "rename", die), "removal of the old": (shutil, "rmtree", remove_tmp)}
-    with monkeypatch.context() as patch:
-        patch.setattr(*parts[ends_at])
-        with pytest.raises(Killed):
-            go_on(run, script, "a", "--steps 5")
-    for folder in (cwd / "a").glob("step-??????"):
-        assert module(script).load_model(folder) and (folder / "trainer.pt").exists()
-    assert go_on(run, script, "a", "--steps 5").code == 0
-    same_run(cwd / "whole", cwd / "a", 5)
+    monkeypatch.setattr(module(script).Run, "gather", gather)
+    done = run(script, "--steps 9 --eval_problems 0 --out a")
+    assert done.code == 143 and len(waits) == 2
+    assert [row["step"] for row in metrics_of(cwd / "a")] == [1, 2, 3]
+    assert module(script).checkpoints(cwd / "a") == [checkpoint(cwd / "a", 3)]
 
 
 # ---------------------------------------------------------------------------------------- ranks
@@ -425,33 +485,46 @@ def close(first: list[dict], second: list[dict], rel: float) -> None:
         assert one == pytest.approx(other, rel=rel, abs=2e-6)  # the log has six decimals
 
 
-@every
-@pytest.mark.parametrize(
-    "world, flags",
-    [
-        (2, ""),
-        (2, "HARD"),
-        (3, "HARD"),  # two prompts a batch: a rank without any
-        (2, "--micro_batch_tokens 64"),  # another number of passes on each rank
-        (9, ""),  # 8 rows: a rank without one
-    ],
-)
-def test_ranks_give_the_gradient_of_one(run_ranks, cwd, script, world, flags, half_right):
+def same_on_ranks(run_ranks, cwd, script: str, flags: str, worlds: dict[int, str]) -> None:
     """Threads as ranks. No step is taken, so all gradients are those of the same weights."""
-    flags, gradients = flags.replace("HARD", NEW[script][1]), {}
-    for n in (1, world):
-        codes, gradients[n] = run_ranks(script, n, f"--out {n} {flags}")
-        assert codes == [0] * n
-    assert len(gradients[1]) == len(gradients[world]) > 0
-    for one, other in zip(gradients[1], gradients[world], strict=True):
-        assert one.abs().max() > 1e-3
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-    folders = cwd / "1", cwd / str(world)
-    close(*(metrics_of(folder) for folder in folders), 1e-5)
-    close(*(metrics_of(folder, True) for folder in folders), 1e-5)
-    samples = [lines_of(folder / "samples.jsonl") for folder in folders]
-    assert [row["tokens"] for row in samples[0]] == [row["tokens"] for row in samples[1]]
-    assert len(list(cwd.iterdir())) == 2
+    codes, alone = run_ranks(script, 1, f"--out 1 {flags}")
+    assert codes == [0] and alone
+    for world, more in worlds.items():
+        codes, gradients = run_ranks(script, world, f"--out {world} {flags} {more}")
+        assert codes == [0] * world
+        for first, other in zip(alone, gradients, strict=True):
+            assert first.abs().max() > 1e-3
+            torch.testing.assert_close(first, other, rtol=0, atol=1e-6)
+        folders = cwd / "1", cwd / str(world)
+        for evaluations in (False, True):
+            close(*(metrics_of(folder, evaluations) for folder in folders), 1e-5)
+        one, other = ([row["tokens"] for row in samples(folder)] for folder in folders)
+        assert one == other
+    assert len(list(cwd.iterdir())) == 1 + len(worlds)
+
+
+@training
+def test_ranks_give_the_gradient_of_one(run_ranks, cwd, script, half_right):
+    worlds = {2: "", 3: ""}  # two prompts: the third rank has none
+    if hasattr(module(script), "micro_batches"):  # else a pass has random numbers of its own
+        worlds[2] = "--micro_batch_tokens 64"  # another number of passes on each rank
+    same_on_ranks(run_ranks, cwd, script, f"{TRAINING[script][1]} --eval_problems 0", worlds)
+
+
+@training
+def test_more_ranks_than_rows(run_ranks, cwd, script, half_right):
+    """Eight rows to learn, one problem held out."""
+    same_on_ranks(run_ranks, cwd, script, "--steps 1 --eval_problems 1", {9: ""})
+
+
+@pytest.mark.parametrize("script", SOLVING)
+def test_ranks_answer_as_one(run_ranks, cwd, script):
+    for world in (1, 2):
+        codes, _ = run_ranks(script, world, f"--out {world} {LONG[script][0]}")
+        assert codes == [0] * world
+    one, two = cwd / "1", cwd / "2"
+    close(metrics_of(one)[-1:], metrics_of(two)[-1:], 1e-5)
+    assert records_of(one) == records_of(two) != []
 
 
 # --------------------------------------------------------------------------------------- faults
@@ -484,18 +557,19 @@ def test_a_gradient_that_is_not_finite(script, bad):
         update(bad)
 
 
-@every
+@training
 def test_a_run_whose_gradients_are_not_finite(run, cwd, script, monkeypatch):
-    real, log, bad = module(script).chosen_logprobs, cwd / "a" / "metrics.jsonl", [2]
+    real, log, bad = module(script).Run.update, cwd / "a" / "metrics.jsonl", [2]
 
-    def chosen_logprobs(*args, **options):
-        logprobs, entropy = real(*args, **options)
-        step = 1 + (len(metrics_of(cwd / "a")) if log.exists() else 0)
-        return (logprobs * float("nan") if step in bad else logprobs), entropy
+    def update(self, model, *args):
+        if 1 + (len(metrics_of(cwd / "a")) if log.exists() else 0) in bad:
+            next(weight for weight in model.parameters() if weight.grad is not None).grad *= nan
+        return real(self, model, *args)
 
-    monkeypatch.setattr(module(script), "chosen_logprobs", chosen_logprobs)
+    nan = float("nan")
+    monkeypatch.setattr(module(script).Run, "update", update)
     done = run(script, "--steps 3 --out a --eval_problems 0")
-    assert done.code == 0 and "gradient" in done.out
+    assert done.code == 0 and "bad gradient" in done.out
     assert [row["step"] for row in metrics_of(cwd / "a")] == [1, 2, 3]
     assert ["grad_norm" in row for row in metrics_of(cwd / "a")] == [True, False, True]
     assert all(w.isfinite().all() for w in weights(checkpoint(cwd / "a", 3)).values())
@@ -506,7 +580,7 @@ def test_a_run_whose_gradients_are_not_finite(run, cwd, script, monkeypatch):
     assert all(w.isfinite().all() for w in weights(newest).values())
 
 
-@one
+@pytest.mark.parametrize("script", ["grpo", "budget_forcing"])
 def test_a_model_whose_logits_are_not_finite(run, cwd, small, script):
     """A broken model is not sampled from in silence."""
     broken = Path(shutil.copytree(small, cwd / "broken"))
@@ -517,30 +591,17 @@ def test_a_model_whose_logits_are_not_finite(run, cwd, small, script):
     assert done.code == 1 and "logits" in done.err and done.err.count("\n") == 1
 
 
-@one
-def test_out_of_memory_names_the_flag_to_halve(made, run, cwd, script, monkeypatch):
-    def full(*args, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nand more lines")
-
-    made("a", script)
-    with monkeypatch.context() as patch:
-        patch.setattr(module(script), "chosen_logprobs", full)
-        done = go_on(run, script, "a", "--steps 3")
-    assert done.code == 1 and "--micro_batch_tokens" in done.err and done.err.count("\n") == 1
-    assert go_on(run, script, "a", "--steps 3").code == 0
-
-
-@one
+@every
 def test_a_slip_in_the_code_is_not_hidden(run, script, monkeypatch):
     def slip(*args, **options):
         raise KeyError("a slip of ours")
 
-    monkeypatch.setattr(module(script), "chosen_logprobs", slip)
+    monkeypatch.setattr(module(script).Run, "log", slip)
     with pytest.raises(KeyError, match="a slip of ours"):
-        run(script)
+        run(script, "--out a")
 
 
-@every
+@grouped
 def test_a_verifier_that_raises(run, cwd, script, monkeypatch):
     """The answer is wrong, the first traceback is shown, and the run goes on."""
 
