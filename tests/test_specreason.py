@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import sys
-from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -14,7 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finish, lines_of, start
+from conftest import ROOT, lines_of, records_of
 from test_vectors import cases, check, near
 
 import rewards
@@ -250,7 +249,7 @@ def test_real_model_writes_its_own_distribution():
     """z of the surprisal: sum of (-log p(x_t) - H_t) over its standard deviation is N(0, 1) under exactness."""
     c = pair_of("--max_new_tokens 200")
     total = variance = count = 0.0
-    for n in range(28):
+    for n in range(18):
         a, _, _ = c.answer(n, training_problem(n), gamma=4)
         logits = c.reread(a)
         logprobs = logits.double().log_softmax(-1)
@@ -260,7 +259,7 @@ def test_real_model_writes_its_own_distribution():
         chosen = logprobs.gather(-1, torch.tensor(a.tokens)[:, None])[:, 0]
         total, variance = total - float((chosen + entropy).sum()), variance + float(spread.sum())
         count += len(a.tokens)
-    assert count >= 2000 and abs(total) / math.sqrt(variance) < 4
+    assert count >= 1200 and abs(total) / math.sqrt(variance) < 4
 
 
 def test_greedy_tokens_are_equal():
@@ -305,7 +304,7 @@ def test_base_alone_is_generate():
 @pytest.mark.parametrize("limit, flags", [(1, ""), (7, ""), (33, "--score digit")])
 def test_nothing_is_written_past_the_limit(limit, flags, monkeypatch):
     """Whoever writes; and what fits is what a larger limit lets be written."""
-    c, longer = (pair_of(f"--max_new_tokens {n} {flags}", tool.Experiment) for n in (limit, limit + 30))
+    c, longer = (pair_of(f"--max_new_tokens {n} {flags}", tool.Experiment) for n in (limit, limit + 8))
     for pair in (c, longer):
         pair.own_steps = [-2.0, -0.5, -0.1]
     cut_short = 0
@@ -461,7 +460,7 @@ def test_docstring_examples():
 
 def test_calibration():
     """u of eq. 3 is a rank among the base's own steps: a step as bad as its worst tenth gets 1."""
-    c = pair_of("--max_new_tokens 40")
+    c = pair_of("--max_new_tokens 25")
     c.calibrate()
     own = c.own_steps
     assert len(own) >= 48 and own == sorted(own) and own[-1] <= 0
@@ -479,7 +478,7 @@ def test_calibration():
 
 def test_controls():
     """A coin keeps SpecReason's share of steps, the oracle what a solver calls right, `draft` everything."""
-    c = pair_of("--max_new_tokens 150", tool.Experiment)
+    c = pair_of("--max_new_tokens 90", tool.Experiment)
     c.own_steps = [-4.0, -2.0, -0.5, -0.1]
     kept = {"specreason": [], "coin": []}
     for n in range(6):
@@ -523,12 +522,9 @@ def go(cwd, capfd, monkeypatch):
     return go
 
 
-def test_a_run_and_its_files(go, cwd):
+def test_the_table_and_the_records_of_a_run(go, cwd):
     done = go(f"{SMALL} --out a")
     assert (done.code, done.err) == (0, "")
-    assert {p.name for p in (cwd / "a").iterdir()} == {
-        "run.json", "metrics.jsonl", "samples.jsonl", "specreason.py", "step-000002"
-    }  # fmt: skip
     (line,) = lines_of(cwd / "a" / "metrics.jsonl")
     ways = {name.split("/")[2] for name in line if name.startswith("eval/accuracy/")}
     assert ways == {"base", "spec_decode", "specreason"} and line["eval/speedup/base"] == 1
@@ -538,7 +534,8 @@ def test_a_run_and_its_files(go, cwd):
         assert float(row[-1]) == pytest.approx(line[f"eval/speedup/{way}"], abs=1e-3)
     (sample,) = lines_of(cwd / "a" / "samples.jsonl")
     assert 0 < len(sample["tokens"]) == len(sample["logprobs"]) <= 24 and max(sample["logprobs"]) <= 0
-    (record,) = [r["specreason"] for r in records_of(cwd / "a")[1:]]
+    (saved,) = records_of(cwd / "a")
+    record = saved["records"][1]["specreason"]
     assert record["tokens"] == len(sample["tokens"]) and len(record["marks"]) == record["drafted"]
 
 
@@ -548,7 +545,7 @@ def test_the_tool_writes_the_same_records_and_more(go, cwd):
     assert (done.code, done.err) == (0, "")
     for words in ("points, above", "area under the curve", "tokens per pass", "predicted specreason", "threshold"):
         assert words in done.out, words
-    plain, more = records_of(cwd / "a"), records_of(cwd / "b")
+    plain, more = (records_of(cwd / name)[0]["records"] for name in "ab")
     assert set(more[0]) > set(more[1]) == {"base", "spec_decode", "specreason"} and "threshold 9" in more[0]
     for a, b in zip(plain, more, strict=True):
         for way in a:
@@ -560,77 +557,16 @@ def test_the_tool_writes_the_same_records_and_more(go, cwd):
     assert go("--tables nothing", tool).code == 2
 
 
-@pytest.mark.parametrize("flags, words", {
-    "--draft tiny --score digit": "cannot read",
-    "--model {plain}": "--draft",
-    "--draft {other}": "another tokenizer",
-    "--top_p 0": "--top_p 0",
-    "--resume {plain}": "run.json",
-    "--task multiplication:max_digits=1 --eval_problems 20": "20",
-}.items())  # fmt: skip
-def test_bad_input(go, cwd, small, flags, words):
-    other = json.loads((small / "tokenizer.json").read_text(encoding="utf-8"))
-    other["model"]["vocab"]["<odd>"] = max(other["model"]["vocab"].values()) + 1
-    for name, text in (("plain", None), ("other", json.dumps(other))):
-        folder = cwd.parent / name
-        folder.mkdir()
-        for path in small.iterdir():
-            folder.joinpath(path.name).write_bytes(path.read_bytes())
-        if text:
-            (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    given = {"plain": cwd.parent / "plain", "other": cwd.parent / "other"}
-    done = go(f"{SMALL} {flags.format(**given)}")
-    assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done.err
-    assert not list(cwd.iterdir())
-
-
-def records_of(folder: Path) -> list[dict]:
-    """What a run knows of every problem, but for the times."""
-    saved = json.loads(next(folder.glob("step-*")).joinpath("records.json").read_text())["records"]
-    return [{way: {k: v for k, v in r.items() if "seconds" not in k} for way, r in row.items()} for row in saved]
-
-
-def test_resume_goes_on_with_the_same_answers(go, cwd):
-    for flags, module in (("", sr), ("--model tiny-judge --score digit --sweep_problems 1", tool)):
-        assert go(f"{SMALL} {flags} --out whole{len(flags)} --eval_problems 3", module).code == 0
-        assert go(f"{SMALL} {flags} --out halves{len(flags)}", module).code == 0
-        assert go(f"--resume halves{len(flags)} --eval_problems 3", module).code == 0
-        whole, halves = cwd / f"whole{len(flags)}", cwd / f"halves{len(flags)}"
-        assert records_of(whole) == records_of(halves)
-        assert [row["step"] for row in lines_of(halves / "metrics.jsonl")] == [2, 3]
-        assert [path.name for path in halves.glob("step-*")] == ["step-000003"]
-        assert lines_of(whole / "samples.jsonl")[-1] == lines_of(halves / "samples.jsonl")[-1]
-
-
-def test_ctrl_c_saves_and_a_resume_goes_on(go, cwd, monkeypatch):
-    answer = sr.Pair.answer
-
-    def interrupt(self, number, *args, **how):
-        if number == 1 and "gamma" in how:
-            sr.os.kill(sr.os.getpid(), sr.signal.SIGINT)
-        return answer(self, number, *args, **how)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(sr.Pair, "answer", interrupt)
-        done = go(f"{SMALL} --out a --eval_problems 4")
-        assert done.code == 130 and "--resume a" in done.out
-        assert len(records_of(cwd / "a")) == 2
-        patched.setattr(sr.Pair, "answer", answer)
-        assert go("--resume a").code == 0
-        assert go(f"{SMALL} --out whole --eval_problems 4").code == 0
-    assert records_of(cwd / "a") == records_of(cwd / "whole")
-
-
-@pytest.mark.slow
-def test_torchrun_with_two_ranks(cwd):
-    """Two processes share the problems; the answers are those of one."""
-    flags = f"{SMALL} --eval_problems 3"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = finish(start("specreason", f"{flags} --out two", cwd, launch))
-    assert done.code == 0 and done.out.count("speedup\n") == 1, done.err
-    assert finish(start("specreason", f"{flags} --out one", cwd)).code == 0
-    assert records_of(cwd / "one") == records_of(cwd / "two")
-    assert json.loads((cwd / "two" / "run.json").read_text(encoding="utf-8"))["device"] == "2 cpu"
+def test_resume_of_the_tool_with_more_problems(go, cwd):
+    flags = f"{SMALL} --model tiny-judge --score digit --sweep_problems 1"
+    assert go(f"{flags} --out whole --eval_problems 3", tool).code == 0
+    assert go(f"{flags} --out halves", tool).code == 0
+    assert go("--resume halves --eval_problems 3", tool).code == 0
+    whole, halves = cwd / "whole", cwd / "halves"
+    assert records_of(whole) == records_of(halves)
+    assert [row["step"] for row in lines_of(halves / "metrics.jsonl")] == [2, 3]
+    assert [path.name for path in halves.glob("step-*")] == ["step-000003"]
+    assert lines_of(whole / "samples.jsonl")[-1] == lines_of(halves / "samples.jsonl")[-1]
 
 
 def test_padding_is_never_drawn_whichever_model_has_more_of_it():
