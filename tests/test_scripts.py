@@ -20,9 +20,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LONG, ROOT, SMALL, SOLVING, TRAINING, finish, lines_of, metrics_of, records_of
-from rewards import make_task
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+
+from rewards import make_task
 
 
 def module(script: str):
