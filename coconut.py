@@ -1,19 +1,19 @@
 """Coconut, a chain of continuous thought: reasoning in hidden states (arXiv:2412.06769).
 
 Between <bot> and <eot> the model writes no token: its last hidden state is its next input, and
-gradients flow through the whole chain. A curriculum gets it there: first it learns to write its
-steps; then, stage by stage, c thoughts replace the first step that is left.
+gradients flow through the whole chain. A curriculum: first it learns to write its steps; then
+each stage trades the first step left for c thoughts; the last drops the rest.
 
     input_t = h_(t-1)  if position t holds a thought, else embedding(x_t)       (1)
               h after the final norm; the first thought is the state at <bot>
-    stage k:  question <bot> [c k thoughts] <eot> step_(k+1), .., answer        (2)
+    stage k:  question <bot> [c k thoughts] <eot> step_(k+1), .., answer, end   (2)
     loss    = -(1/N) sum_i sum_t mask_i,t log p(x_i,t | inputs_i,<t)            (3)
-              mask 1 after <eot>, N learnt tokens in the step
+              mask 1 from step_(k+1) on, N: its sum over i, t
 
 Run
     python coconut.py              # chains of + and * modulo 7, two CPU cores, minutes
-    python coconut.py --model Qwen2.5-1.5B --data gsm_train.txt --c 2 --max_stage 3
-        --gate 0 --epochs_per_stage 3           # one GPU, the paper's schedule
+    python coconut.py --model Qwen2.5-1.5B --data gsm_train.txt --c 2 --max_stage 3 \\
+        --gate 0 --epochs_per_stage 3 --steps 45000 --uniform_prob 0  # one GPU
     torchrun --standalone --nproc_per_node=8 coconut.py ...
     Controls: --mode cot            all steps in words
               --mode no_cot         the answer alone
@@ -27,8 +27,8 @@ Expect
     0.98 with three thoughts and the answer alone (step 5000, 4 tokens); seeds 1 and 2 end
     at 0.62 and 0.79. One layer cannot answer at once: no_cot 0.27 to 0.30, pause to 0.65.
 
-Differs from the paper in: a stage ends once it is learnt; a batch is of one stage; gradients
-are clipped; beta2 of AdamW is 0.95 (the paper's code starts a new AdamW every epoch).
+Differs from the paper in: a stage ends once learnt; a batch is of one stage; gradients are
+clipped; AdamW keeps its state, beta2 is 0.95; evaluations sample (paper: greedy).
 
 Legend: B rows, T tokens, P prompts, C hidden size, V vocabulary, H query heads, K key heads,
 D head size, S cache positions, n thoughts.
@@ -109,11 +109,11 @@ class Config:
     mode: Literal["coconut", "cot", "no_cot", "no_thoughts", "pause", "no_curriculum"] = option(
         "coconut", "the method or a control"
     )
-    c: int = option(1, "thoughts for a step", 1)
-    max_stage: int = option(0, "steps replaced, 0: all, up to 6")
-    pad_latent_to_max: bool = option(True, "short problems: thoughts as others")
-    gate: float = option(0.97, "share of rows right that ends a stage, 0: off")
-    stage_steps: int = option(1200, "steps of a stage but the last, 0: no limit")
+    c: int = option(1, "thoughts per step replaced", 1)
+    max_stage: int = option(0, "reasoning steps replaced, 0: at most 6")
+    pad_latent_to_max: bool = option(True, "short problems think as long")
+    gate: float = option(0.97, "share of rows right to go on, 0: off")
+    stage_steps: int = option(1200, "updates in a stage but the last, 0: any")
     epochs_per_stage: int = option(0, "with --data, instead of --stage_steps")
     uniform_prob: float = option(0.2, "share of batches of a random stage")
 
@@ -158,14 +158,14 @@ class GradCache:
 def think(self: "Model", inputs: Tensor, cache=None) -> Tensor:
     """Model.forward of this script (set at its end): hidden states (B, T, C) by eq. 1.
 
-    A row has its places for thoughts side by side, other rows elsewhere, fewer, or none.
-    n thoughts, the most of any row, take n + 1 passes: up to <bot>, then n - 1 of a
-    position, then the rest. one_pass is the machine's forward. Source: sec. 3.
+    A row's places are contiguous; where they start and how many differ between rows.
+    The row with most, n, sets n + 1 passes: up to the last <bot>, one column n - 1
+    times, the rest. one_pass: Model.forward below, kept at the end. Source: sec. 3.
     """
     place = self.config.get("latent_token_id")
     embedded = inputs.is_floating_point()
-    drawn = inputs.shape[1] == 1  # a new token: to look would wait for a GPU
-    if place is None or embedded or drawn or not (inputs == place).any():
+    single = inputs.shape[1] == 1  # decoding: to look would wait for a GPU
+    if place is None or embedded or single or not (inputs == place).any():
         return one_pass(self, inputs, cache)
     (B, T), device = inputs.shape, inputs.device
     rows, columns = torch.arange(B, device=device), torch.arange(T, device=device)
@@ -220,7 +220,9 @@ def stage_plan(
     replaced = min(stage, max_stage)
     if not pad and (prompting or stage > max_stage):
         replaced = min(replaced, num_steps)
-    return skipped, 0 if mode == "no_thoughts" else c * replaced
+    if mode == "no_thoughts":
+        replaced = 0
+    return skipped, c * replaced
 
 
 def layout(
@@ -299,7 +301,7 @@ def log_tokens(self: "Run", step: int, metrics: dict, show=()) -> None:
 def next_stage(
     stage: int, recent: list[float], steps_in_stage: int, gate: float, stage_steps: int
 ) -> int:
-    """One on, if this is learnt (`recent` shares of rows right) or has had its time.
+    """The next, if `recent` (shares of rows right) averages `gate` or time is up.
 
     >>> next_stage(1, [0.98] * 20, steps_in_stage=30, gate=0.97, stage_steps=900)
     2
@@ -358,7 +360,7 @@ def add_markers(source: Path, folder: Path, mode: str) -> None:
 
 
 def check_flags(cfg: Config) -> None:
-    """Refuse what would not work as meant."""
+    """Refuse flags that would be ignored."""
     sizes = cfg.num_layers, cfg.hidden_size
     if sizes != (Config.num_layers, Config.hidden_size) and cfg.model != "scratch":
         raise BadInput(f"--num_layers and --hidden_size are not for --model {cfg.model}")
@@ -390,8 +392,8 @@ def set_by_task(cfg: Config):
     return task
 
 
-def update_stage(run: "Run", model: "Model", optimizer: AdamW, rows: list) -> dict:
-    """One step down eq. 3, on rows (ids, mask)."""
+def descend(run: "Run", model: "Model", optimizer: AdamW, rows: list) -> dict:
+    """One step down eq. 3, on all rows (ids, mask)."""
     cfg = run.cfg
     num_tokens = sum(sum(mask) for _, mask in rows)  # N of eq. 3
     mine = rows[run.rank :: run.world]
@@ -404,8 +406,8 @@ def update_stage(run: "Run", model: "Model", optimizer: AdamW, rows: list) -> di
         part.backward()
         loss += part.item()
         entropy += entropies.sum().item() / num_tokens
-        likeliest = logprobs > math.log(0.5)  # so greedy decoding writes it
-        right += likeliest.all(1).sum().item() / len(rows)
+        sure = logprobs > math.log(0.5)  # greedy writes these; 0 if masked
+        right += sure.all(1).sum().item() / len(rows)
     norm = run.update(model, optimizer, cfg.lr)
     return {
         "loss": sum(run.gather(loss)),
@@ -428,7 +430,7 @@ def start_run(cfg: Config, folder: Path) -> tuple["Run", "Model", "Model"]:
         add_markers(resolve_model(cfg.model), folder / "marked", cfg.mode)
     cfg.model = run.gather(str(folder / "marked"))[0]  # once it is there
     model, sampler = run.load(BY_SIZE)
-    model.checkpointing = False  # what is recomputed would enter the cache twice
+    model.checkpointing = False  # recomputing, append would use later lengths
     cfg.model = name  # as given, for run.json
     return run, model, sampler
 
@@ -455,7 +457,7 @@ def train(cfg: Config) -> int:
             drawn = rng.randint(0, last)
         numbers = range((step - 1) * cfg.batch_size, step * cfg.batch_size)
         rows = [prompter.row(task.problem("train", cfg.seed, i), drawn) for i in numbers]
-        metrics = update_stage(run, model, optimizer, rows)
+        metrics = descend(run, model, optimizer, rows)
         run.refresh(sampler, model)
         metrics["stage"] = drawn
         metrics["tokens_per_s"] = metrics["tokens"] / (time.time() - began)
