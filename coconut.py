@@ -89,7 +89,7 @@ class Config:
     model: str = option("scratch", "scratch: a new one; a folder, a hub name")
     num_layers: int = option(1, "layers of a new model", 1)
     hidden_size: int = option(128, "width of a new model: heads of 16", 16)
-    task: str = option("affine", "affine:length=4, s3, more/tasks.py:ProsQA")
+    task: str = option("affine", "affine:length=4, s3, prosqa")
     data: str = option("", "ProsQA or ProntoQA JSON, GSM8K-Aug lines, JSONL")
     max_new_tokens: int = option(0, "longest completion, 0: by size")
     temperature: float = option(1.0, "of evaluations, 0: greedy")
@@ -379,10 +379,10 @@ def check_flags(cfg: Config) -> None:
 def set_by_task(cfg: Config):
     """The task; fills in what its numbers of steps and problems say."""
     if cfg.data and cfg.task == Config.task:
-        cfg.task = "more/tasks.py:Chains"
+        cfg.task = "chains"
     task = make_task(cfg.task, cfg.data)
     if not hasattr(task, "steps"):
-        raise BadInput(f"--task {cfg.task} has no steps: affine, s3, more/tasks.py:ProsQA, --data")
+        raise BadInput(f"--task {cfg.task} has no steps: affine, s3, prosqa, --data")
     if not cfg.max_stage:
         problems = [task.problem("train", cfg.seed, i) for i in range(100)]
         cfg.max_stage = min(6, max(len(task.steps(problem)) for problem in problems))

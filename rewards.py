@@ -147,20 +147,6 @@ def score_math(text: str, gold: str, **kw) -> dict:
     return score(text, answer, answer is not None and math_equal(str(gold), answer), **kw)
 
 
-def score_last_line(text: str, gold: str, format_weight: float = 0.1, eos: str = "") -> dict:
-    """Score of a chain of steps: what stands on the last line, after the last # there.
-
-    Commas do not count. There is no layout to reward: format says whether there is an answer.
-
-    >>> score_last_line("3*4=12\\n12*90=1080\\n### 1,080", "1080")["correct"]
-    True
-    """
-    line = text.rstrip().removesuffix(eos).strip().rpartition("\n")[2]
-    answer = line.rpartition("#")[2].replace(",", "").strip()
-    correct = answer == str(gold).replace(",", "").strip()
-    return total(float(answer != ""), answer, correct, format_weight)
-
-
 def score(
     text: str, answer: str | None, correct: bool, format_weight: float = 0.1, eos: str = ""
 ) -> dict:
@@ -736,103 +722,35 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"epoch {seed} {epoch}").sample(range(count), count)
 
 
-@dataclass
-class AffineChain:
-    """A start value, then `length` operations + d or * d modulo `modulus`: 3+2=5, 5*4=6, .."""
-
-    length: int = 3
-    modulus: int = 7
-
-    def __post_init__(self):
-        if not (1 <= self.length <= 50 and 3 <= self.modulus <= 10):
-            raise BadInput(f"{self}: length 1 to 50, modulus 3 to 10: a value is one digit")
-
-    def problem(self, split: str, seed: int, index: int) -> dict:
-        """Easy operations, + 0, * 0 and * 1, are among the hard ones: every fourth answer is 0."""
-        rng = random.Random(f"affine {split} {seed} {index}")
-        while True:  # the shortest chains have problems on both sides, so this ends
-            signs = [rng.choice("+*") for _ in range(self.length)]
-            operations = [sign + str(rng.randrange(self.modulus)) for sign in signs]
-            problem = {"start": rng.randrange(self.modulus), "operations": operations}
-            if split_of(self.key(problem)) == split:
-                return problem
-
-    def compact(self, problem: dict) -> str:
-        return str(problem["start"]) + "".join(problem["operations"])
-
-    key = compact
-
-    def question(self, problem: dict) -> str:
-        start, operations = problem["start"], ", then ".join(problem["operations"])
-        return f"Start with {start} and apply {operations}, each time modulo {self.modulus}."
-
-    def steps(self, problem: dict) -> list[str]:
-        value, steps = problem["start"], []
-        for operation in problem["operations"]:
-            result = ARITHMETIC[operation[0]](value, int(operation[1:])) % self.modulus
-            steps.append(f"{value}{operation}={result}")
-            value = result
-        return steps
-
-    def answer(self, problem: dict) -> str:
-        return self.steps(problem)[-1].rpartition("=")[2]
-
-    def score(self, text: str, problem: dict, **kw) -> dict:
-        return score_last_line(text, self.answer(problem), **kw)
-
-
-PERMUTATIONS = list(itertools.permutations(range(3)))  # written a to f; a is the identity
-
-
-@dataclass
-class S3:
-    """The word problem of S3, the smallest group where order matters: a product of permutations."""
-
-    elements: int = 5
-
-    def __post_init__(self):
-        if not 2 <= self.elements <= 100:
-            raise BadInput(f"s3 takes 2 to 100 elements, not {self.elements}")
-
-    def problem(self, split: str, seed: int, index: int) -> dict:
-        rng = random.Random(f"s3 {split} {seed} {index}")
-        while True:  # as above
-            problem = {"elements": "".join(rng.choice("abcdef") for _ in range(self.elements))}
-            if split_of(self.key(problem)) == split:
-                return problem
-
-    def compact(self, problem: dict) -> str:
-        return problem["elements"]
-
-    key = compact
-
-    def question(self, problem: dict) -> str:
-        meaning = ", ".join(f"{x} = {p}" for x, p in zip("abcdef", PERMUTATIONS, strict=True))
-        elements = ", ".join(problem["elements"])
-        return f"With {meaning}, apply {elements} from left to right. Which letter is the result?"
-
-    def products(self, problem: dict) -> str:
-        """The product up to each element, as letters: bacfc for bbcde."""
-        product, letters = PERMUTATIONS[0], ""
-        for element in problem["elements"]:
-            after = PERMUTATIONS["abcdef".index(element)]
-            product = tuple(after[i] for i in product)  # first the product, then this element
-            letters += "abcdef"[PERMUTATIONS.index(product)]
-        return letters
-
-    def steps(self, problem: dict) -> list[str]:
-        left = self.products(problem)
-        return [f"{left[i]}*{y}={left[i + 1]}" for i, y in enumerate(problem["elements"][1:])]
-
-    def answer(self, problem: dict) -> str:
-        return self.products(problem)[-1]
-
-    def score(self, text: str, problem: dict, **kw) -> dict:
-        return score_last_line(text, self.answer(problem), **kw)
-
-
 TASKS = {"countdown": Countdown, "multiplication": Multiplication, "gsm8k": GSM8K, "math": Math}
-TASKS |= {"affine": AffineChain, "s3": S3}
+TASKS |= {"affine": "AffineChain", "s3": "S3", "prosqa": "ProsQA", "chains": "Chains"}
+TASKS |= {"generalpoints": "GeneralPoints", "knights": "KnightsAndKnaves"}
+TASKS |= {"navigation": "Navigation", "notations": "Notations"}  # names: in more/tasks.py
+
+
+def task_class(spec: str) -> tuple[str, type, str]:
+    """Name, class and knobs of a spec; a file is executed."""
+    name, _, knobs = spec.partition(":")
+    kind = TASKS.get(name)
+    if isinstance(kind, type):
+        return name, kind, knobs
+    spec = f"{MODELS.parent}/more/tasks.py:{kind}:{knobs}" if kind else spec
+    parts = re.fullmatch(r"(.+?\.py)(?::([^:]*))?(?::(.*))?", spec)
+    if parts is None:
+        raise BadInput(f"unknown task {name!r}: {', '.join(TASKS)} or FILE.py:Class")
+    path, kind, knobs = parts.groups("")
+    file = max(Path(path), MODELS.parent / path, key=Path.is_file)  # more/ from any folder
+    about = spec_from_file_location(f"task_{file.stem}", file)
+    module = sys.modules[about.name] = module_from_spec(about)  # where dataclasses look for it
+    with reading(path, ANYTHING):
+        about.loader.exec_module(module)
+    found = getattr(module, kind, None)
+    if not isinstance(found, type) or not hasattr(found, "problem") or not hasattr(found, "score"):
+        raise BadInput(f"{path} has no class {kind!r} with problem() and score()")
+    return name if name in TASKS else f"{path}:{kind}", found, knobs
+
+
+KNOBS = {bool: int, int: int, float: float, str: str}  # bool("0") is True
 
 
 def make_task(spec: str, data: str = "", natural: bool = False):
@@ -841,19 +759,16 @@ def make_task(spec: str, data: str = "", natural: bool = False):
     natural: defaults for a real model. With the knob pool=N, which every task has, training knows
     N problems of its stream only, over and over.
     """
-    name, kind, pairs = task_class(spec)
+    name, kind, given = task_class(spec)
     with reading(name, ANYTHING):
         hints = get_type_hints(kind) if is_dataclass(kind) else {}
-    types = {"pool": int}
-    for knob, hint in hints.items():
-        if hint in (bool, int, float, str):
-            types[knob] = int if hint is bool else hint  # bool("0") is True
+    types = {"pool": int} | {knob: KNOBS[hint] for knob, hint in hints.items() if hint in KNOBS}
     if data and "data" not in types:
         raise BadInput(f"task {name} makes its own problems and reads no data file; drop {data!r}")
     knobs = dict(getattr(kind, "NATURAL", {})) if natural else {}
     if data:
         knobs["data"] = data
-    for pair in filter(None, pairs.split(",")):
+    for pair in filter(None, given.split(",")):
         knob, _, value = pair.partition("=")
         try:
             knobs[knob] = types[knob](value)
@@ -875,32 +790,10 @@ def make_task(spec: str, data: str = "", natural: bool = False):
     return task
 
 
-def task_class(spec: str) -> tuple[str, type, str]:
-    """Name, class and knobs of a spec; a file is executed."""
-    path = re.match(r".+?\.py(?=:|$)", spec)
-    if path is None:
-        name, _, pairs = spec.partition(":")
-        if name not in TASKS:
-            raise BadInput(f"unknown task {name!r}: {', '.join(TASKS)} or FILE.py:Class")
-        return name, TASKS[name], pairs
-    path, rest = path[0], spec[path.end() + 1 :]
-    name, _, pairs = rest.partition(":")
-    file = max(Path(path), MODELS.parent / path, key=Path.is_file)  # more/ from any folder
-    about = spec_from_file_location(f"task_{file.stem}", file)
-    module = module_from_spec(about)
-    sys.modules[about.name] = module  # where dataclasses look for it
-    with reading(path, ANYTHING):
-        about.loader.exec_module(module)
-    kind = getattr(module, name, None)
-    if not isinstance(kind, type) or not hasattr(kind, "problem") or not hasattr(kind, "score"):
-        raise BadInput(f"{path} has no class {name!r} with problem() and score()")
-    return f"{path}:{name}", kind, pairs
-
-
 score_failures = 0  # answers that a verifier could not judge: wrong
 # what a text can make a verifier raise; a full disk or a misspelt name end the run
-ANSWER_FAULTS = ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
-ANSWER_FAULTS += (re.error,)
+ANSWER_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError)
+ANSWER_FAULTS += (ValueError, re.error)
 
 
 def guarded(judge: Callable[..., dict]) -> Callable[..., dict]:
@@ -915,13 +808,11 @@ def guarded(judge: Callable[..., dict]) -> Callable[..., dict]:
                 raise ValueError(f"the verifier gave {parts}")
             return parts | {"answer": parts["answer"]}
         except ANSWER_FAULTS:
-            count = score_failures = score_failures + 1
-            if count == 1:  # then the count alone, each time that it has doubled
-                lines = traceback.format_exc().split("\n")
-                shown = [line if line.isprintable() else repr(line)[1:-1] for line in lines]
-                print("\n".join(shown), file=sys.stderr)
-            if count & (count - 1) == 0:
-                print(f"the verifier failed on {count} answer(s): wrong", file=sys.stderr)
+            score_failures += 1
+            if score_failures == 1:  # then the count alone, each time that it has doubled
+                print(re.sub(r"[^\w\n -~]", "?", traceback.format_exc()), file=sys.stderr)
+            if score_failures.bit_count() == 1:
+                print(f"the verifier failed on {score_failures} answer(s): wrong", file=sys.stderr)
             return {"format": 0.0, "answer": None, "correct": False, "total": 0.0}
 
     return judged

@@ -1,14 +1,16 @@
-"""More tasks, for any script: --task more/tasks.py:KnightsAndKnaves:max_people=5
+"""More tasks, for any script: --task knights:max_people=5, or more/tasks.py:KnightsAndKnaves:..
 
-    GeneralPoints     reach a target with a hand of cards (arXiv:2501.17161 sec. 4.1, app. A)
-    Navigation        follow a route in words (2501.17161 app. B)
-    KnightsAndKnaves  who always tells the truth? (2505.13718)
-    ProsQA            two concepts, one above a node of a random graph (2412.06769 app. A.2)
-    Chains            problems with steps, from a file: ProsQA, ProntoQA, GSM8K-Aug
-    Notations         countdown whose traces mix two notations (R1's language mixing, 2501.12948)
+    generalpoints  GeneralPoints     reach a target with a hand of cards (arXiv:2501.17161 sec. 4.1)
+    navigation     Navigation        follow a route in words (2501.17161 app. B)
+    knights        KnightsAndKnaves  who always tells the truth? (2505.13718)
+    affine         AffineChain       additions and multiplications, one after the other
+    s3             S3                the word problem of the smallest group where order matters
+    prosqa         ProsQA            two concepts, one above a node of a graph (2412.06769 app. A.2)
+    chains         Chains            problems with steps, from a file: ProsQA, ProntoQA, GSM8K-Aug
+    notations      Notations         countdown in two notations (R1's language mixing, 2501.12948)
 
-rewards.py says what a task is. What stands here, one experiment or one script uses: those of
-docs/sft_experiments.md, and coconut.py for ProsQA and Chains.
+rewards.py says what a task is, and knows these by their short names. What stands here, one
+experiment or one script uses: those of docs/sft_experiments.md, coconut.py, recurrent_depth.py.
 """
 
 import functools
@@ -42,7 +44,6 @@ from rewards import (
     extract_answer,
     random_tree,
     score,
-    score_last_line,
     split_of,
     to_postfix,
 )
@@ -600,6 +601,119 @@ class Navigation:
             words += [next(rest) + mark_of(view) for view in views]
             lines.append(" ".join(words) + "\n")
         return f"{''.join(lines)}</think><answer>{' '.join(actions)}</answer>"
+
+
+# ---------------------------------------------------------------- chains of small steps
+
+
+def score_last_line(text: str, gold: str, format_weight: float = 0.1, eos: str = "") -> dict:
+    """Score of a chain of steps: what stands on the last line, after the last # there.
+
+    Commas do not count. There is no layout to reward: format says whether there is an answer.
+
+    >>> score_last_line("3*4=12\\n12*90=1080\\n### 1,080", "1080")["correct"]
+    True
+    """
+    line = text.rstrip().removesuffix(eos).strip().rpartition("\n")[2]
+    answer = line.rpartition("#")[2].replace(",", "").strip()
+    correct = answer == str(gold).replace(",", "").strip()
+    parts = {"format": float(answer != ""), "answer": answer, "correct": correct}
+    return parts | {"total": correct + format_weight * parts["format"]}
+
+
+@dataclass
+class AffineChain:
+    """A start value, then `length` operations + d or * d modulo `modulus`: 3+2=5, 5*4=6, .."""
+
+    length: int = 3
+    modulus: int = 7
+
+    def __post_init__(self):
+        if not (1 <= self.length <= 50 and 3 <= self.modulus <= 10):
+            raise BadInput(f"{self}: length 1 to 50, modulus 3 to 10: a value is one digit")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        """Easy operations, + 0, * 0 and * 1, are among the hard ones: every fourth answer is 0."""
+        rng = random.Random(f"affine {split} {seed} {index}")
+        while True:  # the shortest chains have problems on both sides, so this ends
+            signs = [rng.choice("+*") for _ in range(self.length)]
+            operations = [sign + str(rng.randrange(self.modulus)) for sign in signs]
+            problem = {"start": rng.randrange(self.modulus), "operations": operations}
+            if split_of(self.key(problem)) == split:
+                return problem
+
+    def compact(self, problem: dict) -> str:
+        return str(problem["start"]) + "".join(problem["operations"])
+
+    key = compact
+
+    def question(self, problem: dict) -> str:
+        start, operations = problem["start"], ", then ".join(problem["operations"])
+        return f"Start with {start} and apply {operations}, each time modulo {self.modulus}."
+
+    def steps(self, problem: dict) -> list[str]:
+        value, steps = problem["start"], []
+        for operation in problem["operations"]:
+            result = ARITHMETIC[operation[0]](value, int(operation[1:])) % self.modulus
+            steps.append(f"{value}{operation}={result}")
+            value = result
+        return steps
+
+    def answer(self, problem: dict) -> str:
+        return self.steps(problem)[-1].rpartition("=")[2]
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_last_line(text, self.answer(problem), **kw)
+
+
+PERMUTATIONS = list(itertools.permutations(range(3)))  # written a to f; a is the identity
+
+
+@dataclass
+class S3:
+    """The word problem of S3, the smallest group where order matters: a product of permutations."""
+
+    elements: int = 5
+
+    def __post_init__(self):
+        if not 2 <= self.elements <= 100:
+            raise BadInput(f"s3 takes 2 to 100 elements, not {self.elements}")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        rng = random.Random(f"s3 {split} {seed} {index}")
+        while True:  # as above
+            problem = {"elements": "".join(rng.choice("abcdef") for _ in range(self.elements))}
+            if split_of(self.key(problem)) == split:
+                return problem
+
+    def compact(self, problem: dict) -> str:
+        return problem["elements"]
+
+    key = compact
+
+    def question(self, problem: dict) -> str:
+        meaning = ", ".join(f"{x} = {p}" for x, p in zip("abcdef", PERMUTATIONS, strict=True))
+        elements = ", ".join(problem["elements"])
+        return f"With {meaning}, apply {elements} from left to right. Which letter is the result?"
+
+    def products(self, problem: dict) -> str:
+        """The product up to each element, as letters: bacfc for bbcde."""
+        product, letters = PERMUTATIONS[0], ""
+        for element in problem["elements"]:
+            after = PERMUTATIONS["abcdef".index(element)]
+            product = tuple(after[i] for i in product)  # first the product, then this element
+            letters += "abcdef"[PERMUTATIONS.index(product)]
+        return letters
+
+    def steps(self, problem: dict) -> list[str]:
+        left = self.products(problem)
+        return [f"{left[i]}*{y}={left[i + 1]}" for i, y in enumerate(problem["elements"][1:])]
+
+    def answer(self, problem: dict) -> str:
+        return self.products(problem)[-1]
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_last_line(text, self.answer(problem), **kw)
 
 
 # ---------------------------------------------------------------------------------- ProsQA

@@ -334,7 +334,7 @@ def test_new_tokens_start_like_an_existing_one(tmp_path, small):
                 text = text.replace(f"<{word}>", f"<other_{word}>")
         (other / path.name).write_bytes(text if isinstance(text, bytes) else text.encode())
     (tmp_path / "made").mkdir()
-    model, prompter = prompter_of(tmp_path / "made", f"--model {other}", "more/tasks.py:ProsQA")
+    model, prompter = prompter_of(tmp_path / "made", f"--model {other}", "prosqa")
     before = coconut.load_model(other).model.embed_tokens.weight
     after = model.model.embed_tokens.weight
     like = prompter.encode("<<")[0]
@@ -456,7 +456,7 @@ def test_a_file_by_epochs(run, cwd):
 )
 def test_a_real_model_thinks(tmp_path):
     """SmolLM2-135M with three new tokens: a ProsQA row with thoughts equals recomputation; one step trains it."""
-    model, prompter = prompter_of(tmp_path, f"--model {os.environ['SMOLLM2']} --c 2", "more/tasks.py:ProsQA")
+    model, prompter = prompter_of(tmp_path, f"--model {os.environ['SMOLLM2']} --c 2", "prosqa")
     assert prompter.names == coconut.MARKERS and prompter.markers == (49152, 49153, 49154)
     rows = [prompter.row(prompter.task.problem("train", 0, 0), 1)]
     tokens, mask = padded(rows)

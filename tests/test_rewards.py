@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from rewards import BadInput  # noqa: E402
 
 def test_doctests():
     result = doctest.testmod(rewards)
-    assert result.attempted > 10 and result.failed == 0
+    assert result.attempted >= 9 and result.failed == 0
 
 
 # ------------------------------------------------------------------------------------------ format and totals
@@ -400,7 +399,6 @@ SCORERS = {
 
 
 JUDGES = SCORERS | {
-    "last line": lambda text: rewards.score_last_line(text, "gold"),
     "math, a root": lambda text: rewards.score_math(text, r"\\sqrt{2}+x"),
     "countdown's tries": lambda text: rewards.Countdown().describe(text, COUNTDOWN) and WRONG,
     "words": lambda text: rewards.language_consistency(text) + rewards.reflection_count(text) < 0 or WRONG,
@@ -505,7 +503,7 @@ def ugly(rng: random.Random, most: int) -> str:
     return text[:most]
 
 
-UGLY = "countdown", "multiplication", "affine", "s3"
+UGLY = "countdown", "multiplication"
 
 
 @pytest.mark.parametrize("most, count", [(200, 600), (10**4, 60), (10**6, 6)])
@@ -788,59 +786,6 @@ def test_multiplication_task():
         rewards.Multiplication(3, 2)
 
 
-@pytest.mark.parametrize(
-    "task", [rewards.AffineChain(), rewards.S3(), rewards.AffineChain(5, 10), rewards.S3(10)], ids=str
-)
-def test_chains(task):
-    """Streams that never meet, steps that lead to the answer, a scorer that reads the last line."""
-    streams = {s: [task.problem(s, 0, i) for i in range(200)] for s in ("train", "test")}
-    assert streams["train"] == [task.problem("train", 0, i) for i in range(200)]
-    assert streams["train"] != [task.problem("train", 1, i) for i in range(200)]
-    keys = {split: {task.key(p) for p in problems} for split, problems in streams.items()}
-    assert not keys["train"] & keys["test"]
-    for problem in streams["train"] + streams["test"]:
-        assert json.loads(json.dumps(problem)) == problem
-        steps, answer = task.steps(problem), task.answer(problem)
-        left, right = zip(*(step.split("=") for step in steps), strict=True)
-        assert right[-1] == answer and all(a[0] == b for a, b in zip(left[1:], right, strict=False))
-        assert left[0][0] == task.compact(problem)[0] and all(len(step) == 5 for step in steps)
-        assert task.score("\n".join([*steps, answer]), problem)["correct"]
-        assert task.score(answer, problem)["correct"] and not task.score(steps[-1], problem)["correct"]
-    shares = Counter(task.answer(problem) for problem in streams["train"] + streams["test"])
-    if isinstance(task, rewards.S3):
-        assert len(shares) == 6 and max(shares.values()) < 400 * 0.25  # no answer is much likelier than another
-    elif task == rewards.AffineChain():
-        assert len(shares) == 7 and 0.2 < shares["0"] / 400 < 0.3  # what a guess gets right
-
-
-def test_affine_chain_by_hand():
-    task, problem = rewards.AffineChain(), {"start": 6, "operations": ["*6", "+1", "*3"]}
-    assert task.compact(problem) == "6*6+1*3"
-    assert task.steps(problem) == ["6*6=1", "1+1=2", "2*3=6"] and task.answer(problem) == "6"
-    assert "6 and apply *6, then +1, then *3, each time modulo 7" in task.question(problem)
-    with pytest.raises(BadInput, match="modulus"):
-        rewards.AffineChain(modulus=11)
-
-
-def test_s3_is_the_symmetric_group():
-    pairs = [x + y for x, y in itertools.product("abcdef", repeat=2)]
-    product = {pair: rewards.S3().products({"elements": pair})[1] for pair in pairs}
-    for x, y, z in itertools.product("abcdef", repeat=3):
-        assert product[product[x + y] + z] == product[x + product[y + z]]
-    for x in "abcdef":
-        assert product["a" + x] == product[x + "a"] == x and sorted(product[x + y] for y in "abcdef") == list("abcdef")
-    # b swaps the last two, c the first two: first b, then c takes 0 to 1, 1 to 2, 2 to 0
-    assert rewards.PERMUTATIONS[1:3] == [(0, 2, 1), (1, 0, 2)] and product["bc"] == "d" != product["cb"]
-    assert rewards.PERMUTATIONS["abcdef".index("d")] == (1, 2, 0)
-    with pytest.raises(BadInput, match="elements"):
-        rewards.S3(1)
-
-
-@pytest.mark.parametrize("text, right", [("### 1,080", True), ("x\n#### 1080\n", True), ("1080 #", False), ("", False)])
-def test_score_last_line(text, right):
-    assert rewards.score_last_line(text, "1080")["correct"] == right
-
-
 def test_pool_of_training_problems():
     task, whole = rewards.make_task("countdown:pool=3,high=12"), rewards.make_task("countdown:high=12")
     assert [task.problem("train", 0, i) for i in range(7)] == [whole.problem("train", 0, i % 3) for i in range(7)]
@@ -869,7 +814,7 @@ def test_make_task():
     assert rewards.make_task("multiplication:max_digits=4") == rewards.Multiplication(1, 4)
     assert rewards.make_task("multiplication:max_digits=4", natural=True) == rewards.Multiplication(2, 4)
     for spec, words in [
-        ("chess", "countdown, multiplication, gsm8k, math, affine, s3 or FILE.py:Class"),
+        ("chess", "countdown, multiplication, gsm8k, math, affine, s3, .*notations or FILE.py:Class"),
         ("multiplication:size=3", "'size=3'.*min_digits=int, max_digits=int"),
         ("multiplication:max_digits=two", "'max_digits=two'.*max_digits=int"),
         ("multiplication:max_digits=99", "<= 18"),

@@ -1,6 +1,7 @@
 """Tasks of other files: how --task FILE.py:Class loads them, and those of more/tasks.py."""
 
 import doctest
+import itertools
 import json
 import random
 import sys
@@ -157,9 +158,24 @@ def test_a_script_runs_it(run, cwd, script):
 
 def test_doctests():
     result = doctest.testmod(tasks)
-    assert result.attempted >= 7 and result.failed == 0
+    assert result.attempted >= 8 and result.failed == 0
 
 
+@pytest.mark.parametrize("name", [name for name, kind in rewards.TASKS.items() if isinstance(kind, str)])
+def test_short_names(name, mine, tmp_path, monkeypatch):
+    """A short name and FILE.py:Class are one task, from any folder; a file there of the same name is not read."""
+    kind, data = rewards.TASKS[name], write(tmp_path / "a.jsonl", CHAIN_ROWS) if name == "chains" else ""
+    mine("")
+    (tmp_path / "more").mkdir()
+    task, long = make_task(f"{name}:pool=3", data), make_task(f"{ROOT}/more/tasks.py:{kind}:pool=3", data)
+    assert type(task).__name__ == kind and task.problem("train", 1, 5) == long.problem("train", 1, 2)
+    (tmp_path / "more" / "tasks.py").write_text("1 / 0")
+    assert type(make_task(name, data)).__name__ == kind
+    with pytest.raises(BadInput, match=f"task {name}: 'size=3' is none of its knobs, pool=int"):
+        make_task(f"{name}:size=3", data)
+
+
+CHAIN_ROWS = [{"question": f"{i}?", "steps": ["1"], "answer": "1"} for i in range(50)]
 HAND = {"kind": "solve", "rule": 13, "cards": ["3", "J", "K"], "numbers": [3, 11, 13], "target": 24, "failed": []}
 
 
@@ -296,6 +312,59 @@ BAD_KNOBS += ["KnightsAndKnaves:max_people=9", "Navigation:space=up", "Navigatio
 def test_bad_knobs(spec):
     with pytest.raises(BadInput, match="allowed|absolute or relative"):
         make_task(f"more/tasks.py:{spec}")
+
+
+@pytest.mark.parametrize(
+    "task", [tasks.AffineChain(), tasks.S3(), tasks.AffineChain(5, 10), tasks.S3(10)], ids=str
+)
+def test_chains(task):
+    """Streams that never meet, steps that lead to the answer, a scorer that reads the last line."""
+    streams = {s: [task.problem(s, 0, i) for i in range(200)] for s in ("train", "test")}
+    assert streams["train"] == [task.problem("train", 0, i) for i in range(200)]
+    assert streams["train"] != [task.problem("train", 1, i) for i in range(200)]
+    keys = {split: {task.key(p) for p in problems} for split, problems in streams.items()}
+    assert not keys["train"] & keys["test"]
+    for problem in streams["train"] + streams["test"]:
+        assert json.loads(json.dumps(problem)) == problem
+        steps, answer = task.steps(problem), task.answer(problem)
+        left, right = zip(*(step.split("=") for step in steps), strict=True)
+        assert right[-1] == answer and all(a[0] == b for a, b in zip(left[1:], right, strict=False))
+        assert left[0][0] == task.compact(problem)[0] and all(len(step) == 5 for step in steps)
+        assert task.score("\n".join([*steps, answer]), problem)["correct"]
+        assert task.score(answer, problem)["correct"] and not task.score(steps[-1], problem)["correct"]
+    shares = Counter(task.answer(problem) for problem in streams["train"] + streams["test"])
+    if isinstance(task, tasks.S3):
+        assert len(shares) == 6 and max(shares.values()) < 400 * 0.25  # no answer is much likelier than another
+    elif task == tasks.AffineChain():
+        assert len(shares) == 7 and 0.2 < shares["0"] / 400 < 0.3  # what a guess gets right
+
+
+def test_affine_chain_by_hand():
+    task, problem = tasks.AffineChain(), {"start": 6, "operations": ["*6", "+1", "*3"]}
+    assert task.compact(problem) == "6*6+1*3"
+    assert task.steps(problem) == ["6*6=1", "1+1=2", "2*3=6"] and task.answer(problem) == "6"
+    assert "6 and apply *6, then +1, then *3, each time modulo 7" in task.question(problem)
+    with pytest.raises(BadInput, match="modulus"):
+        tasks.AffineChain(modulus=11)
+
+
+def test_s3_is_the_symmetric_group():
+    pairs = [x + y for x, y in itertools.product("abcdef", repeat=2)]
+    product = {pair: tasks.S3().products({"elements": pair})[1] for pair in pairs}
+    for x, y, z in itertools.product("abcdef", repeat=3):
+        assert product[product[x + y] + z] == product[x + product[y + z]]
+    for x in "abcdef":
+        assert product["a" + x] == product[x + "a"] == x and sorted(product[x + y] for y in "abcdef") == list("abcdef")
+    # b swaps the last two, c the first two: first b, then c takes 0 to 1, 1 to 2, 2 to 0
+    assert tasks.PERMUTATIONS[1:3] == [(0, 2, 1), (1, 0, 2)] and product["bc"] == "d" != product["cb"]
+    assert tasks.PERMUTATIONS["abcdef".index("d")] == (1, 2, 0)
+    with pytest.raises(BadInput, match="elements"):
+        tasks.S3(1)
+
+
+@pytest.mark.parametrize("text, right", [("### 1,080", True), ("x\n#### 1080\n", True), ("1080 #", False), ("", False)])
+def test_score_last_line(text, right):
+    assert tasks.score_last_line(text, "1080")["correct"] == right
 
 
 def below(edges: list, root: str) -> dict[str, int]:
@@ -489,6 +558,7 @@ JUDGES = {
     "read cards": lambda text: tasks.GeneralPoints().score(text, HAND | {"kind": "read"}),
     "knights": lambda text: tasks.KnightsAndKnaves().score(text, PUZZLE),
     "route": lambda text: tasks.Navigation().score(text, ROUTE),
+    "last line": lambda text: tasks.score_last_line(text, "gold"),
     "two notations": lambda text: tasks.Notations().score(text, test_rewards.COUNTDOWN),
 }
 
@@ -500,6 +570,6 @@ def test_hostile_answers_are_wrong_and_cheap(monkeypatch):
 
 @pytest.mark.parametrize("most, count", [(200, 300), (10**4, 30), (10**6, 3)])
 def test_ugly_completions(most, count, monkeypatch):
-    names = "GeneralPoints", "KnightsAndKnaves", "Navigation", "Notations:worded=0.3,consistency=1"
-    monkeypatch.setattr(test_rewards, "UGLY", [f"more/tasks.py:{name}" for name in names])
+    names = "generalpoints", "knights", "navigation", "notations:worded=0.3,consistency=1"
+    monkeypatch.setattr(test_rewards, "UGLY", [*names, "affine", "s3", "prosqa"])
     test_rewards.test_ugly_completions(most, count)
