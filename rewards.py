@@ -8,10 +8,9 @@ The reward of a completion is rule based (arXiv:2501.12948 sec. 2.2), with a sma
 is lenient about layout and exact about value: the last complete <answer> block after the last
 </think> counts. Prompts end in <think>, so a completion starts inside the thinking block.
 
-Model text is hostile input: it is optimised against these functions. Neither Python nor sympy's
-parsers evaluate it: a tokenizer per grammar and one shunting-yard make postfix lists of it, limits
-on length and size come first, and only the symbolic stage of `math_equal` (x^2-1 against
-(x-1)(x+1)) leaves this process: it asks a child that ends when it is late.
+Model text is hostile input, optimised against these functions. Neither Python nor sympy's parsers
+evaluate it: after limits on length and size, a tokenizer per grammar and one shunting-yard do.
+Only the symbolic stage of `math_equal` leaves this process: it asks a child that ends when late.
 """
 
 import faulthandler
@@ -238,8 +237,8 @@ def cosine_reward(
 ) -> float:
     """Reward along half a cosine, from r0 at length 0 to rL at max_length; r_exceed there.
 
-    c: correct, w: wrong. Source: arXiv:2502.03373 sec. 4.2 (App. C.1 prints the arguments in the
-    other order, which would reverse the curve). Paper: margin 0; its code: 16.
+    c: correct, w: wrong. Source: arXiv:2502.03373 sec. 4.2 (App. C.1 swaps the arguments, which
+    would reverse the curve). Paper: margin 0; its code: 16.
     """
     if length + margin >= max_length:  # before correctness: a right answer at the limit gets it too
         return r_exceed
@@ -247,21 +246,10 @@ def cosine_reward(
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * length / max_length))
 
 
-def classic_reward(
-    length: int, correct: bool, max_length: int, correct_value: float = 1.0,
-    wrong_value: float = 0.0, r_exceed: float | None = None, margin: int = 0,
-) -> float:
-    """Two values, and a third at the length limit unless that is None (2502.03373 sec. 4.1)."""
-    if r_exceed is not None and length + margin >= max_length:
-        return r_exceed
-    return correct_value if correct else wrong_value
-
-
 def repetition_penalty(ids: Sequence[int], n: int = 40, penalty: float = -0.05) -> list[float]:
-    """Per token: `penalty` in an n-gram that occurred earlier in the same completion, else 0.
+    """Per token: `penalty` in an n-gram that occurred before, else 0 (2502.03373 algorithm 1).
 
-    Assigned, not added: overlapping repeats never push a token below `penalty`; a first occurrence
-    is free: 1 2 1 2 3 with n = 2 pays for the second 1 2. Source: arXiv:2502.03373 algorithm 1.
+    Assigned, not added. A first time is free: 1 2 1 2 3 with n = 2 pays for the second 1 2.
     """
     rewards, seen = [0.0] * len(ids), set()
     for start in range(len(ids) - n + 1):
@@ -297,17 +285,15 @@ def language_consistency(text: str, language: str = "en") -> float:
     return matching / first.total() if first else 1.0
 
 
-# "wait" is left out on purpose by both works: it is not a reliable sign of reflection.
-OAT_ZERO = "recheck,rethink,reevaluate,re-evaluate,reevaluation,re-examine,reexamine".split(",")
-OAT_ZERO += ["try again", "check again", "think again", "go over the steps"]
-UNDERSTAND_R1_ZERO = [word for word in OAT_ZERO if word != "try again"]
-UNDERSTAND_R1_ZERO += "reassess,reconsider,reanalyze,double-check,verify again".split(",")
+# oat-zero's; "wait" is left out on purpose: it is not a reliable sign of reflection
+REFLECTIONS = "recheck,rethink,reevaluate,re-evaluate,reevaluation,re-examine,reexamine".split(",")
+REFLECTIONS += ["try again", "check again", "think again", "go over the steps"]
 
 
-def reflection_count(text: str, keywords: Sequence[str] = OAT_ZERO) -> int:
+def reflection_count(text: str) -> int:
     """Number of self-reflection phrases, as oat-zero counts them (substrings, lower case)."""
     lowered = text.lower()
-    return sum(lowered.count(word) for word in keywords)
+    return sum(lowered.count(word) for word in REFLECTIONS)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -427,102 +413,30 @@ def describe_evaluation(done: list, k: int, task) -> dict[str, float]:
 
 
 # -------------------------------------------------------------------------------------------- tasks
-# A task is a class, here or in a file of yours (README.md has an example). It needs
+# A task is a class, here, in more/tasks.py or in a file of yours (README.md has an example), with
 #   problem(split, seed, index)  the index-th of an endless stream, a pure function of its arguments
 #   score(text, problem, **kw)   one of the scorers above, or what `score` makes of your verdict
 #   question(problem), or compact(problem) for a tiny tokenizer: the prompt
-# and may have
-#   key(problem)                 what makes two problems the same, else all of it; in these tasks
-#                                its hash decides between train and test
+# and, if it has them,
+#   key(problem)                 what makes two problems the same; here its hash decides the split
 #   trace(problem, rng)          a completion for sft.py to imitate, its thought in lines
 #   describe(text, problem)      numbers that say what a completion did
 #   steps(problem), answer(...)  texts that coconut.py learns, MARKER before the answer
 # Fields of a dataclass are knobs (--task name:knob=value); NATURAL: defaults for real models.
 
-INSTRUCTION = (
-    "Think inside <think> </think> tags, then give the final answer inside <answer> </answer> tags"
-)
-
-
-def apply_operator(op: str, a: Fraction, b: Fraction) -> Fraction | None:
-    """a op b, exactly; None for a division by zero."""
-    return None if op == "/" and b == 0 else ARITHMETIC[op](a, b)
+INSTRUCTION = "Think inside <think> </think> tags, then give the final answer inside "
+INSTRUCTION += "<answer> </answer> tags"
 
 
 def random_tree(pool: list[Fraction], operators: str, rng: random.Random) -> Fraction | None:
     """The value of a random binary tree over all numbers in `pool`; None if it divides by zero."""
-    while len(pool) > 1 and None not in pool:
+    while len(pool) > 1:
         a, b = (pool.pop(rng.randrange(len(pool))) for _ in range(2))
-        pool.append(apply_operator(rng.choice(operators), a, b))
-    return pool[0] if len(pool) == 1 else None
-
-
-Item = tuple[Fraction, str, int]  # value, expression, how tightly it binds: 1 sum, 2 product, 3
-
-
-def combinations(pool: list[Item], operators: str) -> Iterator[list[Item]]:
-    """Every pool with two items of this one replaced by their combination, which is last."""
-    for i, j in itertools.permutations(range(len(pool)), 2):
-        (a, left, left_rank), (b, right, right_rank) = pool[i], pool[j]
-        rest = [item for k, item in enumerate(pool) if k not in (i, j)]
-        for op in operators:
-            value, rank = apply_operator(op, a, b), 1 if op in "+-" else 2
-            if value is not None:  # brackets only where precedence needs them
-                x = f"({left})" if left_rank < rank else left
-                same = right_rank == rank and op in "-/"
-                y = f"({right})" if right_rank < rank or same else right
-                yield [*rest, (value, x + op + y, rank)]
-
-
-def operations(expression: str) -> Iterator[tuple[str, str]]:
-    """The operations of an expression in reading order, each with what is left after it.
-
-    >>> list(operations("2*(9-4)+7"))
-    [('9-4', '2*5+7'), ('2*5', '10+7'), ('10+7', '17')]
-    """
-    while not expression.isdigit():
-        inner = re.search(r"\([^()]+\)", expression) or re.search(".+", expression)
-        found = re.search(r"(\d+)([*/])(\d+)", inner[0]) or re.search(r"(\d+)([+-])(\d+)", inner[0])
-        value = apply_operator(found[2], Fraction(found[1]), Fraction(found[3]))
-        rest = inner[0].replace(found[0], str(value), 1)
-        bare = rest.strip("()")
-        expression = expression.replace(inner[0], bare if bare.isdigit() else rest, 1)
-        yield found[0], expression
-
-
-@functools.lru_cache(maxsize=4096)
-def countdown_attempts(numbers: tuple[int, ...], operators: str, limit: int) -> list[tuple]:
-    """Every way to combine all `numbers` in 0..limit: (value, first operation, steps), by value.
-
-    >>> countdown_attempts((2, 3), "-*", 99)
-    [(1, '3-2', '3-2=1'), (6, '2*3', '2*3=6'), (6, '3*2', '3*2=6')]
-    """
-    found = set()
-
-    def visit(pool: list[Item]) -> None:
-        if len(pool) == 1:
-            found.add(pool[0][1])
-        for after in combinations(pool, operators):
-            value = after[-1][0]
-            if value.denominator == 1 and 0 <= value <= limit:
-                visit(after)
-
-    visit([(Fraction(n), str(n), 3) for n in numbers])
-    attempts = []
-    for expression in sorted(found):
-        done, left = zip(*operations(expression), strict=True)
-        chain = "=".join([expression, *left])
-        if all(int(n) <= limit for n in re.findall(r"\d+", chain)):  # 10*(10/5) reads 10*10/5
-            attempts.append((int(left[-1]), done[0], chain))
-    return sorted(attempts)
-
-
-def try_line(value: int, chain: str, target: int) -> str:
-    """A line of a trace: an expression, worked out in steps, and compared with the target."""
-    sign = "="
-    if value != target:
-        sign = "<" if value < target else ">"
-    return f"{chain}{sign}{target}\n"
+        op = rng.choice(operators)
+        if op == "/" and b == 0:
+            return None
+        pool.append(ARITHMETIC[op](a, b))
+    return pool[0]
 
 
 @dataclass
@@ -580,27 +494,9 @@ class Countdown:
         return score_countdown(text, problem["numbers"], problem["target"], **kw)
 
     def trace(self, problem: dict, rng: random.Random) -> str:
-        """A depth-first search: one try a line, then the answer, which repeats the last try.
+        from more.tasks import search_trace  # it imports this module
 
-        Tries with the same first operation stand together, in random order. Some end on a miss.
-        """
-        target, numbers = problem["target"], tuple(sorted(problem["numbers"]))
-        attempts = countdown_attempts(numbers, self.operators, 99)  # up to 99 are single tokens
-        firsts = sorted({first for _, first, _ in attempts})
-        rank = dict(zip(firsts, rng.sample(range(len(firsts)), len(firsts)), strict=True))
-        shuffled = sorted((rank[first], rng.random(), v, chain) for v, first, chain in attempts)
-        attempts = [(value, chain) for _, _, value, chain in shuffled]
-        misses = [attempt for attempt in attempts if attempt[0] != target]
-        hits = [i for i, (value, _) in enumerate(attempts) if value == target]
-        if not hits or (misses and rng.random() < self.give_up):
-            tries = misses[: rng.randint(1, 4)]
-        else:  # most of them are seen from shortly before their end
-            wrong = rng.randint(0, 1) if rng.random() < 0.75 else 29
-            tries = attempts[max(0, hits[0] - wrong) : hits[0] + 1]
-        lines = [try_line(value, chain, target) for value, chain in tries]
-        lines[1:] = [("wait" if rng.random() < 0.25 else "") + line for line in lines[1:]]
-        answer = tries[-1][1].partition("=")[0]
-        return f"{''.join(lines)}</think><answer>{answer}</answer>"
+        return search_trace(self, problem, rng)
 
     def describe(self, text: str, problem: dict) -> dict:
         """What the completion did: tries, different ones, whether it stopped on a marked miss."""
@@ -612,41 +508,6 @@ class Countdown:
             "distinct_tries": len({line.partition("=")[0] for line in lines}),
             "gave_up": bool(closed and lines) and not lines[-1].endswith(hit),
         }
-
-
-@dataclass
-class Multiplication:
-    """Products of two integers, as in TinyZero's `multiply`; a * b and b * a are the same."""
-
-    min_digits: int = 1
-    max_digits: int = 2
-
-    NATURAL = {"min_digits": 2, "max_digits": 3}
-
-    def __post_init__(self):
-        if not 1 <= self.min_digits <= self.max_digits <= 18:
-            raise BadInput(f"{self}: give 1 <= min_digits <= max_digits <= 18")
-
-    def problem(self, split: str, seed: int, index: int) -> dict:
-        rng = random.Random(f"multiplication {split} {seed} {index}")
-        while True:  # one-digit operands already have keys on both sides, so this ends
-            digits = [rng.randint(self.min_digits, self.max_digits) for _ in "ab"]
-            a, b = (rng.randint(10 ** (n - 1), 10**n - 1) for n in digits)
-            if split_of(self.key({"a": a, "b": b})) == split:
-                return {"a": a, "b": b}
-
-    def key(self, problem: dict) -> str:
-        return "{}*{}".format(*sorted((problem["a"], problem["b"])))
-
-    def question(self, problem: dict) -> str:
-        asked = f"What is {problem['a']} * {problem['b']}?"
-        return f"{asked} {INSTRUCTION}, for example <answer>42</answer>."
-
-    def compact(self, problem: dict) -> str:
-        return f"{problem['a']}*{problem['b']}=<think>"
-
-    def score(self, text: str, problem: dict, **kw) -> dict:
-        return score_multiplication(text, problem["a"], problem["b"], **kw)
 
 
 @dataclass
@@ -722,32 +583,35 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"epoch {seed} {epoch}").sample(range(count), count)
 
 
-TASKS = {"countdown": Countdown, "multiplication": Multiplication, "gsm8k": GSM8K, "math": Math}
+TASKS = {"countdown": Countdown, "gsm8k": GSM8K, "math": Math}
+TASKS |= {"multiplication": "Multiplication", "generalpoints": "GeneralPoints"}  # more/tasks.py
+TASKS |= {"knights": "KnightsAndKnaves", "navigation": "Navigation", "notations": "Notations"}
 TASKS |= {"affine": "AffineChain", "s3": "S3", "prosqa": "ProsQA", "chains": "Chains"}
-TASKS |= {"generalpoints": "GeneralPoints", "knights": "KnightsAndKnaves"}
-TASKS |= {"navigation": "Navigation", "notations": "Notations"}  # names: in more/tasks.py
 
 
 def task_class(spec: str) -> tuple[str, type, str]:
     """Name, class and knobs of a spec; a file is executed."""
     name, _, knobs = spec.partition(":")
-    kind = TASKS.get(name)
-    if isinstance(kind, type):
+    if name in TASKS:
+        kind = TASKS[name]
+        if isinstance(kind, str):
+            from more import tasks  # it imports this module
+
+            kind = getattr(tasks, kind)
         return name, kind, knobs
-    spec = f"{MODELS.parent}/more/tasks.py:{kind}:{knobs}" if kind else spec
     parts = re.fullmatch(r"(.+?\.py)(?::([^:]*))?(?::(.*))?", spec)
     if parts is None:
         raise BadInput(f"unknown task {name!r}: {', '.join(TASKS)} or FILE.py:Class")
-    path, kind, knobs = parts.groups("")
+    path, name, knobs = parts.groups("")
     file = max(Path(path), MODELS.parent / path, key=Path.is_file)  # more/ from any folder
     about = spec_from_file_location(f"task_{file.stem}", file)
     module = sys.modules[about.name] = module_from_spec(about)  # where dataclasses look for it
     with reading(path, ANYTHING):
         about.loader.exec_module(module)
-    found = getattr(module, kind, None)
-    if not isinstance(found, type) or not hasattr(found, "problem") or not hasattr(found, "score"):
-        raise BadInput(f"{path} has no class {kind!r} with problem() and score()")
-    return name if name in TASKS else f"{path}:{kind}", found, knobs
+    kind = getattr(module, name, None)
+    if not isinstance(kind, type) or not hasattr(kind, "problem") or not hasattr(kind, "score"):
+        raise BadInput(f"{path} has no class {name!r} with problem() and score()")
+    return f"{path}:{name}", kind, knobs
 
 
 KNOBS = {bool: int, int: int, float: float, str: str}  # bool("0") is True
@@ -763,12 +627,9 @@ def make_task(spec: str, data: str = "", natural: bool = False):
     with reading(name, ANYTHING):
         hints = get_type_hints(kind) if is_dataclass(kind) else {}
     types = {"pool": int} | {knob: KNOBS[hint] for knob, hint in hints.items() if hint in KNOBS}
-    if data and "data" not in types:
-        raise BadInput(f"task {name} makes its own problems and reads no data file; drop {data!r}")
     knobs = dict(getattr(kind, "NATURAL", {})) if natural else {}
-    if data:
-        knobs["data"] = data
-    for pair in filter(None, given.split(",")):
+    pairs = [f"data={data}"] if data else []
+    for pair in [*pairs, *filter(None, given.split(","))]:
         knob, _, value = pair.partition("=")
         try:
             knobs[knob] = types[knob](value)
@@ -836,11 +697,9 @@ def split_of(key: str) -> str:
 
 
 ASSISTANT_PREFIX = "Let me solve this step by step.\n<think>"
-PREAMBLE = (  # TinyZero's, for base models
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
-    "it. The assistant first thinks about the reasoning process and then provides the user with "
-    "the answer."
-)
+PREAMBLE = "A conversation between User and Assistant. The user asks a question, and the Assistant "
+PREAMBLE += "solves it. The assistant first thinks about the reasoning process and then provides "
+PREAMBLE += "the user with the answer."  # TinyZero's, for base models
 
 
 def prompt(task, problem: dict, style: str) -> str | list[dict]:
@@ -848,9 +707,8 @@ def prompt(task, problem: dict, style: str) -> str | list[dict]:
 
     The first two end in <think>; the caller of "chat" appends ASSISTANT_PREFIX to its text.
     """
-    method = "compact" if style == "compact" else "question"
+    method, other = ("compact", "pre-trained") if style == "compact" else ("question", "tiny")
     if not hasattr(task, method):
-        other = "pre-trained" if style == "compact" else "tiny"
         raise BadInput(f"{type(task).__name__} has no {method} prompt: give a {other} --model")
     asked = getattr(task, method)(problem)
     if style == "text":

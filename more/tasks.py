@@ -3,6 +3,7 @@
     generalpoints  GeneralPoints     reach a target with a hand of cards (arXiv:2501.17161 sec. 4.1)
     navigation     Navigation        follow a route in words (2501.17161 app. B)
     knights        KnightsAndKnaves  who always tells the truth? (2505.13718)
+    multiplication Multiplication    products of two integers (TinyZero)
     affine         AffineChain       additions and multiplications, one after the other
     s3             S3                the word problem of the smallest group where order matters
     prosqa         ProsQA            two concepts, one above a node of a graph (2412.06769 app. A.2)
@@ -20,14 +21,11 @@ import math
 import operator
 import random
 import re
-import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # rewards.py is one folder up
 
 from rewards import (
     ARITHMETIC,
@@ -36,17 +34,139 @@ from rewards import (
     MAX_ANSWER,
     BadInput,
     Countdown,
-    Item,
-    combinations,
-    countdown_attempts,
     evaluate,
     expression_tokens,
     extract_answer,
     random_tree,
     score,
+    score_multiplication,
     split_of,
     to_postfix,
 )
+
+# ------------------------------------------------------------------- searches for countdown
+# What rewards.Countdown.trace writes, and the solver.
+
+
+Item = tuple[Fraction, str, int]  # value, expression, how tightly it binds: 1 sum, 2 product, 3
+
+
+def apply_operator(op: str, a: Fraction, b: Fraction) -> Fraction | None:
+    """a op b, exactly; None for a division by zero."""
+    return None if op == "/" and b == 0 else ARITHMETIC[op](a, b)
+
+
+def combinations(pool: list[Item], operators: str) -> Iterator[list[Item]]:
+    """Every pool with two items of this one replaced by their combination, which is last."""
+    for i, j in itertools.permutations(range(len(pool)), 2):
+        (a, left, left_rank), (b, right, right_rank) = pool[i], pool[j]
+        rest = [item for k, item in enumerate(pool) if k not in (i, j)]
+        for op in operators:
+            value, rank = apply_operator(op, a, b), 1 if op in "+-" else 2
+            if value is not None:  # brackets only where precedence needs them
+                x = f"({left})" if left_rank < rank else left
+                same = right_rank == rank and op in "-/"
+                y = f"({right})" if right_rank < rank or same else right
+                yield [*rest, (value, x + op + y, rank)]
+
+
+def operations(expression: str) -> Iterator[tuple[str, str]]:
+    """The operations of an expression in reading order, each with what is left after it.
+
+    >>> list(operations("2*(9-4)+7"))
+    [('9-4', '2*5+7'), ('2*5', '10+7'), ('10+7', '17')]
+    """
+    while not expression.isdigit():
+        inner = re.search(r"\([^()]+\)|^[^()]+$", expression)[0]
+        found = re.search(r"(\d+)([*/])(\d+)", inner) or re.search(r"(\d+)([+-])(\d+)", inner)
+        value = apply_operator(found[2], Fraction(found[1]), Fraction(found[3]))
+        expression = expression.replace(inner, inner.replace(found[0], str(value), 1), 1)
+        expression = re.sub(r"\((\d+)\)", r"\1", expression)
+        yield found[0], expression
+
+
+@functools.lru_cache(maxsize=4096)
+def countdown_attempts(numbers: tuple[int, ...], operators: str, limit: int) -> list[tuple]:
+    """Every way to combine all `numbers` in 0..limit: (value, first operation, steps), by value.
+
+    >>> countdown_attempts((2, 3), "-*", 99)
+    [(1, '3-2', '3-2=1'), (6, '2*3', '2*3=6'), (6, '3*2', '3*2=6')]
+    """
+    pools, found, attempts = [[(Fraction(n), str(n), 3) for n in numbers]], set(), []
+    while pools:
+        pool = pools.pop()
+        if len(pool) == 1:
+            found.add(pool[0][1])
+        for after in combinations(pool, operators):
+            value = after[-1][0]
+            if value.denominator == 1 and 0 <= value <= limit:
+                pools.append(after)
+    for expression in sorted(found):
+        done, left = zip(*operations(expression), strict=True)
+        chain = "=".join([expression, *left])
+        if all(int(n) <= limit for n in re.findall(r"\d+", chain)):  # 10*(10/5) reads 10*10/5
+            attempts.append((int(left[-1]), done[0], chain))
+    return sorted(attempts)
+
+
+def solve_countdown(numbers: Sequence[int], target: int) -> str | None:
+    """An expression over all the numbers that equals the target, None if there is none.
+
+    Exhaustive and exact.
+
+    >>> solve_countdown([3, 3, 8, 8], 24), solve_countdown([1, 1, 1, 1], 24)
+    ('8/(3-8/3)', None)
+    """
+    visited = set()
+
+    def search(pool: list[Item]) -> str | None:
+        if len(pool) == 1:
+            value, expression, _ = pool[0]
+            return expression if value == target else None
+        values = tuple(sorted(value for value, _, _ in pool))
+        if values in visited:  # of all texts for these values, one is enough
+            return None
+        visited.add(values)
+        for rest in combinations(pool, "+-*/"):
+            found = search(rest)
+            if found:
+                return found
+        return None
+
+    return search([(Fraction(n), str(n), 3) for n in numbers])
+
+
+def try_line(value: int, chain: str, target: int) -> str:
+    """A line of a trace: an expression, worked out in steps, and compared with the target."""
+    sign = "="
+    if value != target:
+        sign = "<" if value < target else ">"
+    return f"{chain}{sign}{target}\n"
+
+
+def search_trace(task: Countdown, problem: dict, rng: random.Random) -> str:
+    """A depth-first search: one try a line, then the answer, which repeats the last try.
+
+    Tries with the same first operation stand together, in random order. Some end on a miss.
+    """
+    target, numbers = problem["target"], tuple(sorted(problem["numbers"]))
+    attempts = countdown_attempts(numbers, task.operators, 99)  # up to 99 are single tokens
+    firsts = sorted({first for _, first, _ in attempts})
+    rank = dict(zip(firsts, rng.sample(range(len(firsts)), len(firsts)), strict=True))
+    shuffled = sorted((rank[first], rng.random(), v, chain) for v, first, chain in attempts)
+    attempts = [(value, chain) for _, _, value, chain in shuffled]
+    misses = [attempt for attempt in attempts if attempt[0] != target]
+    hits = [i for i, (value, _) in enumerate(attempts) if value == target]
+    if not hits or (misses and rng.random() < task.give_up):
+        tries = misses[: rng.randint(1, 4)]
+    else:  # most of them are seen from shortly before their end
+        wrong = rng.randint(0, 1) if rng.random() < 0.75 else 29
+        tries = attempts[max(0, hits[0] - wrong) : hits[0] + 1]
+    lines = [try_line(value, chain, target) for value, chain in tries]
+    lines[1:] = [("wait" if rng.random() < 0.25 else "") + line for line in lines[1:]]
+    answer = tries[-1][1].partition("=")[0]
+    return f"{''.join(lines)}</think><answer>{answer}</answer>"
+
 
 # --------------------------------------------------------------------------- GeneralPoints
 
@@ -85,33 +205,6 @@ def points_formula(text: str) -> str | None:
     """The last "formula" of an answer in JSON, however broken the rest; None without one."""
     found = re.findall(r'"formula"\s*:\s*"([^"]*)"', text[: MAX_ANSWER + 1])
     return found[-1] if found else None
-
-
-def solve_countdown(numbers: Sequence[int], target: int) -> str | None:
-    """An expression over all the numbers that equals the target, None if there is none.
-
-    Exhaustive and exact.
-
-    >>> solve_countdown([3, 3, 8, 8], 24), solve_countdown([1, 1, 1, 1], 24)
-    ('8/(3-8/3)', None)
-    """
-    visited = set()
-
-    def search(pool: list[Item]) -> str | None:
-        if len(pool) == 1:
-            value, expression, _ = pool[0]
-            return expression if value == target else None
-        values = tuple(sorted(value for value, _, _ in pool))
-        if values in visited:  # of all texts for these values, one is enough
-            return None
-        visited.add(values)
-        for rest in combinations(pool, "+-*/"):
-            found = search(rest)
-            if found:
-                return found
-        return None
-
-    return search([(Fraction(n), str(n), 3) for n in numbers])
 
 
 @dataclass
@@ -252,7 +345,7 @@ class GeneralPoints:
         values = ",".join(map(str, problem["numbers"]))
         if problem["kind"] == "read":
             return f"{values}\n</think><answer>{values}</answer>"
-        search = Countdown(give_up=0.0).trace(problem, rng)
+        search = search_trace(Countdown(give_up=0.0), problem, rng)
         return f"{values}\n{search}" if problem["kind"] == "solve" else search
 
     def describe(self, text: str, problem: dict) -> dict:
@@ -601,6 +694,44 @@ class Navigation:
             words += [next(rest) + mark_of(view) for view in views]
             lines.append(" ".join(words) + "\n")
         return f"{''.join(lines)}</think><answer>{' '.join(actions)}</answer>"
+
+
+# ------------------------------------------------------------------------ Multiplication
+
+
+@dataclass
+class Multiplication:
+    """Products of two integers, as in TinyZero's `multiply`; a * b and b * a are the same."""
+
+    min_digits: int = 1
+    max_digits: int = 2
+
+    NATURAL = {"min_digits": 2, "max_digits": 3}
+
+    def __post_init__(self):
+        if not 1 <= self.min_digits <= self.max_digits <= 18:
+            raise BadInput(f"{self}: give 1 <= min_digits <= max_digits <= 18")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        rng = random.Random(f"multiplication {split} {seed} {index}")
+        while True:  # one-digit operands already have keys on both sides, so this ends
+            digits = [rng.randint(self.min_digits, self.max_digits) for _ in "ab"]
+            a, b = (rng.randint(10 ** (n - 1), 10**n - 1) for n in digits)
+            if split_of(self.key({"a": a, "b": b})) == split:
+                return {"a": a, "b": b}
+
+    def key(self, problem: dict) -> str:
+        return "{}*{}".format(*sorted((problem["a"], problem["b"])))
+
+    def question(self, problem: dict) -> str:
+        asked = f"What is {problem['a']} * {problem['b']}?"
+        return f"{asked} {INSTRUCTION}, for example <answer>42</answer>."
+
+    def compact(self, problem: dict) -> str:
+        return f"{problem['a']}*{problem['b']}=<think>"
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_multiplication(text, problem["a"], problem["b"], **kw)
 
 
 # ---------------------------------------------------------------- chains of small steps

@@ -22,12 +22,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import rewards  # noqa: E402
+from more.tasks import Multiplication, countdown_attempts  # noqa: E402
 from rewards import BadInput  # noqa: E402
 
 
 def test_doctests():
     result = doctest.testmod(rewards)
-    assert result.attempted >= 9 and result.failed == 0
+    assert result.attempted >= 5 and result.failed == 0
 
 
 # ------------------------------------------------------------------------------------------ format and totals
@@ -570,13 +571,6 @@ def test_cosine_reward_by_hand():
     assert rewards.cosine_reward(83, True, **values, margin=16) > 1.0
 
 
-def test_classic_reward_by_hand():
-    assert rewards.classic_reward(5, True, 10) == 1.0
-    assert rewards.classic_reward(10, True, 10) == 1.0  # no third value unless asked
-    assert rewards.classic_reward(10, True, 10, r_exceed=-1.0) == -1.0
-    assert rewards.classic_reward(9, False, 10, wrong_value=-0.5, r_exceed=-1.0) == -0.5
-
-
 def test_repetition_by_hand():
     # 9 9 9 9 with n = 2: the 2-grams at 1 and 2 were seen at 0
     assert rewards.repetition_penalty([9, 9, 9, 9], n=2, penalty=-1.0) == [0.0, -1.0, -1.0, -1.0]
@@ -599,9 +593,8 @@ def test_language_consistency_by_hand():
 
 
 def test_reflection_lists():
-    assert len(rewards.OAT_ZERO) == 11 and len(rewards.UNDERSTAND_R1_ZERO) == 15
+    assert len(rewards.REFLECTIONS) == 11
     assert rewards.reflection_count("Try again. Let me try again, wait.") == 2
-    assert rewards.reflection_count("Try again.", rewards.UNDERSTAND_R1_ZERO) == 0
 
 
 def test_pass_at_k_against_counting():
@@ -630,8 +623,8 @@ def reversed_numbers(problem: dict) -> dict:
 GENERATED = [
     (rewards.Countdown(), reversed_numbers),
     (rewards.make_task("countdown", natural=True), reversed_numbers),
-    (rewards.Multiplication(), swapped),
-    (rewards.Multiplication(1, 1), swapped),
+    (Multiplication(), swapped),
+    (Multiplication(1, 1), swapped),
     (rewards.make_task("multiplication", natural=True), swapped),
 ]
 
@@ -669,45 +662,6 @@ def test_countdown_problems_are_in_range():
         rewards.Countdown(low=1, high=1, min_target=98).problem("train", 0, 0)
 
 
-@pytest.mark.parametrize(
-    "expression, done, left",
-    [
-        ("2+3*4", ["3*4", "2+12"], ["2+12", "14"]),
-        ("12*3+2*3", ["12*3", "2*3", "36+6"], ["36+2*3", "36+6", "42"]),
-        ("9-4+2", ["9-4", "5+2"], ["5+2", "7"]),
-        ("8/(3-2)*5", ["3-2", "8/1", "8*5"], ["8/1*5", "8*5", "40"]),
-        ("(1+2)*(3+(4-2))", ["1+2", "4-2", "3+2", "3*5"], ["3*(3+(4-2))", "3*(3+2)", "3*5", "15"]),
-        ("(5-2-1)*3", ["5-2", "3-1", "2*3"], ["(3-1)*3", "2*3", "6"]),
-    ],
-)
-def test_operations_of_an_expression(expression, done, left):
-    assert list(rewards.operations(expression)) == list(zip(done, left, strict=True))
-    value = rewards.parse_expression(expression)[0]
-    assert all(rewards.parse_expression(rest)[0] == value for rest in left)
-
-
-def test_countdown_attempts():
-    assert rewards.countdown_attempts((2, 3), "-*", 99) == [
-        (1, "3-2", "3-2=1"),
-        (6, "2*3", "2*3=6"),
-        (6, "3*2", "3*2=6"),
-    ]
-    assert rewards.countdown_attempts((2, 3), "*", 5) == []  # 6 is above the limit
-    attempts = rewards.countdown_attempts((2, 3, 4), "+-*/", 99)
-    assert (14, "3*4", "2+3*4=2+12=14") in attempts and (20, "2+3", "(2+3)*4=5*4=20") in attempts
-    assert (3, "3-2", "4-(3-2)=4-1=3") in attempts and (6, "4/2", "4/2*3=2*3=6") in attempts
-    assert not any("10*10" in chain for _, _, chain in rewards.countdown_attempts((5, 10, 10), "+-*/", 99))
-    for numbers in ((2, 3, 4), (1, 1, 5, 10)):
-        attempts = rewards.countdown_attempts(numbers, "+-*/", 99)
-        assert attempts == sorted(set(attempts))
-        for value, first, chain in attempts:
-            expression, *left = chain.split("=")
-            assert sorted(rewards.parse_expression(expression)[1]) == list(numbers) and first in expression
-            assert len(left) == len(numbers) - 1 and left[-1] == str(value)
-            assert all(rewards.parse_expression(rest)[0] == value for rest in left)
-            assert all(0 <= int(n) <= 99 for n in re.findall("[0-9]+", chain))
-
-
 def test_countdown_traces():
     task, solved, waits, tries = rewards.Countdown(), 0, 0, []
     for i in range(600):
@@ -731,7 +685,7 @@ def test_countdown_traces():
     assert 0.27 < 1 - solved / 600 < 0.39  # give_up
     assert 0.2 < waits / (sum(tries) - 600) < 0.3 and max(tries) > 10
     # depth first: tries with the same first operation stand together
-    attempts = {chain: first for _, first, chain in rewards.countdown_attempts((2, 3, 4), "+-*/", 99)}
+    attempts = {chain: first for _, first, chain in countdown_attempts((2, 3, 4), "+-*/", 99)}
     lines = rewards.Countdown(give_up=0.0).trace({"numbers": [2, 3, 4], "target": 98}, random.Random(0)).splitlines()
     firsts = [attempts[re.sub("^wait|[<>=][0-9]+$", "", line)] for line in lines if line.endswith("98")]
     assert len(firsts) > 1 and len(list(itertools.groupby(firsts))) == len(set(firsts))
@@ -776,16 +730,6 @@ def test_countdown_describe(text, expected):
     assert (got["tries"], got["distinct_tries"], got["gave_up"]) == expected
 
 
-def test_multiplication_task():
-    task = rewards.Multiplication(3, 3)
-    problem = {"a": 123, "b": 456}
-    assert task.compact(problem) == "123*456=<think>" and task.key(problem) == "123*456"
-    assert task.score(" </think><answer>56,088</answer>", problem)["total"] == 1.1
-    assert all(len(str(task.problem("train", 0, i)["a"])) == 3 for i in range(50))
-    with pytest.raises(BadInput, match="min_digits"):
-        rewards.Multiplication(3, 2)
-
-
 def test_pool_of_training_problems():
     task, whole = rewards.make_task("countdown:pool=3,high=12"), rewards.make_task("countdown:high=12")
     assert [task.problem("train", 0, i) for i in range(7)] == [whole.problem("train", 0, i % 3) for i in range(7)]
@@ -793,16 +737,16 @@ def test_pool_of_training_problems():
 
 
 def test_heldout():
-    task = rewards.Multiplication()
+    task = Multiplication()
     problems = rewards.heldout(task, 100)
     assert len({task.key(p) for p in problems}) == 100
     assert problems[:10] == rewards.heldout(task, 10) != rewards.heldout(task, 10, seed=1)
     with pytest.raises(BadInput, match="fewer than 40"):
-        rewards.heldout(rewards.Multiplication(1, 1), 40)
+        rewards.heldout(Multiplication(1, 1), 40)
 
 
 def test_prompts():
-    task, problem = rewards.Multiplication(), {"a": 12, "b": 34}
+    task, problem = Multiplication(), {"a": 12, "b": 34}
     assert rewards.prompt(task, problem, "compact") == "12*34=<think>"
     text = rewards.prompt(task, problem, "text")
     assert "User: What is 12 * 34?" in text and text.endswith("\nAssistant: " + rewards.ASSISTANT_PREFIX)
@@ -811,10 +755,10 @@ def test_prompts():
 
 
 def test_make_task():
-    assert rewards.make_task("multiplication:max_digits=4") == rewards.Multiplication(1, 4)
-    assert rewards.make_task("multiplication:max_digits=4", natural=True) == rewards.Multiplication(2, 4)
+    assert rewards.make_task("multiplication:max_digits=4") == Multiplication(1, 4)
+    assert rewards.make_task("multiplication:max_digits=4", natural=True) == Multiplication(2, 4)
     for spec, words in [
-        ("chess", "countdown, multiplication, gsm8k, math, affine, s3, .*notations or FILE.py:Class"),
+        ("chess", "countdown, gsm8k, math, .*affine, s3, prosqa, chains or FILE.py:Class"),
         ("multiplication:size=3", "'size=3'.*min_digits=int, max_digits=int"),
         ("multiplication:max_digits=two", "'max_digits=two'.*max_digits=int"),
         ("multiplication:max_digits=99", "<= 18"),
@@ -824,7 +768,7 @@ def test_make_task():
         with pytest.raises(BadInput, match=words) as error:
             rewards.make_task(spec)
         assert "\n" not in str(error.value)
-    with pytest.raises(BadInput, match="drop 'x.jsonl'"):
+    with pytest.raises(BadInput, match="multiplication: 'data=x.jsonl' is none of its knobs, pool=int, min_digits=int"):
         rewards.make_task("multiplication", data="x.jsonl")
 
 

@@ -4,6 +4,7 @@ import doctest
 import itertools
 import json
 import random
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,12 +13,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(1, str(ROOT / "more"))
-import tasks  # noqa: E402
 import test_rewards  # noqa: E402
 from test_rewards import reversed_numbers, write  # noqa: E402
 
 import rewards  # noqa: E402
+from more import tasks  # noqa: E402
 from rewards import BadInput, make_task  # noqa: E402
 
 # ------------------------------------------------------------------------ a file of the user's
@@ -134,7 +134,7 @@ def test_what_is_wrong_with_a_file_is_one_line(case, mine):
 
 def test_no_data_for_a_class_without_the_field(mine):
     mine(PLAIN)
-    with pytest.raises(BadInput, match="drop 'x.jsonl'"):
+    with pytest.raises(BadInput, match="Plain: 'data=x.jsonl' is none of its knobs, pool=int"):
         make_task("mine.py:Plain", data="x.jsonl")
 
 
@@ -158,7 +158,7 @@ def test_a_script_runs_it(run, cwd, script):
 
 def test_doctests():
     result = doctest.testmod(tasks)
-    assert result.attempted >= 8 and result.failed == 0
+    assert result.attempted >= 10 and result.failed == 0
 
 
 @pytest.mark.parametrize("name", [name for name, kind in rewards.TASKS.items() if isinstance(kind, str)])
@@ -177,6 +177,45 @@ def test_short_names(name, mine, tmp_path, monkeypatch):
 
 CHAIN_ROWS = [{"question": f"{i}?", "steps": ["1"], "answer": "1"} for i in range(50)]
 HAND = {"kind": "solve", "rule": 13, "cards": ["3", "J", "K"], "numbers": [3, 11, 13], "target": 24, "failed": []}
+
+
+@pytest.mark.parametrize(
+    "expression, done, left",
+    [
+        ("2+3*4", ["3*4", "2+12"], ["2+12", "14"]),
+        ("12*3+2*3", ["12*3", "2*3", "36+6"], ["36+2*3", "36+6", "42"]),
+        ("9-4+2", ["9-4", "5+2"], ["5+2", "7"]),
+        ("8/(3-2)*5", ["3-2", "8/1", "8*5"], ["8/1*5", "8*5", "40"]),
+        ("(1+2)*(3+(4-2))", ["1+2", "4-2", "3+2", "3*5"], ["3*(3+(4-2))", "3*(3+2)", "3*5", "15"]),
+        ("(5-2-1)*3", ["5-2", "3-1", "2*3"], ["(3-1)*3", "2*3", "6"]),
+    ],
+)
+def test_operations_of_an_expression(expression, done, left):
+    assert list(tasks.operations(expression)) == list(zip(done, left, strict=True))
+    value = rewards.parse_expression(expression)[0]
+    assert all(rewards.parse_expression(rest)[0] == value for rest in left)
+
+
+def test_countdown_attempts():
+    assert tasks.countdown_attempts((2, 3), "-*", 99) == [
+        (1, "3-2", "3-2=1"),
+        (6, "2*3", "2*3=6"),
+        (6, "3*2", "3*2=6"),
+    ]
+    assert tasks.countdown_attempts((2, 3), "*", 5) == []  # 6 is above the limit
+    attempts = tasks.countdown_attempts((2, 3, 4), "+-*/", 99)
+    assert (14, "3*4", "2+3*4=2+12=14") in attempts and (20, "2+3", "(2+3)*4=5*4=20") in attempts
+    assert (3, "3-2", "4-(3-2)=4-1=3") in attempts and (6, "4/2", "4/2*3=2*3=6") in attempts
+    assert not any("10*10" in chain for _, _, chain in tasks.countdown_attempts((5, 10, 10), "+-*/", 99))
+    for numbers in ((2, 3, 4), (1, 1, 5, 10)):
+        attempts = tasks.countdown_attempts(numbers, "+-*/", 99)
+        assert attempts == sorted(set(attempts))
+        for value, first, chain in attempts:
+            expression, *left = chain.split("=")
+            assert sorted(rewards.parse_expression(expression)[1]) == list(numbers) and first in expression
+            assert len(left) == len(numbers) - 1 and left[-1] == str(value)
+            assert all(rewards.parse_expression(rest)[0] == value for rest in left)
+            assert all(0 <= int(n) <= 99 for n in re.findall("[0-9]+", chain))
 
 
 def test_solver_finds_what_random_expressions_prove_solvable():
@@ -210,7 +249,7 @@ def test_generalpoints_traces_are_right_after_the_values():
         p = task.problem("train", 0, i)
         trace = task.trace(p, random.Random(i))
         kinds[p["kind"]] += 1
-        attempts = rewards.countdown_attempts(tuple(sorted(p["numbers"])), "+-*/", 99)
+        attempts = tasks.countdown_attempts(tuple(sorted(p["numbers"])), "+-*/", 99)
         in_reach = p["kind"] == "read" or p["target"] in {value for value, _, _ in attempts}
         assert task.score(trace, p)["correct"] == in_reach
         misses += not in_reach
@@ -312,6 +351,16 @@ BAD_KNOBS += ["KnightsAndKnaves:max_people=9", "Navigation:space=up", "Navigatio
 def test_bad_knobs(spec):
     with pytest.raises(BadInput, match="allowed|absolute or relative"):
         make_task(f"more/tasks.py:{spec}")
+
+
+def test_multiplication_task():
+    task = tasks.Multiplication(3, 3)
+    problem = {"a": 123, "b": 456}
+    assert task.compact(problem) == "123*456=<think>" and task.key(problem) == "123*456"
+    assert task.score(" </think><answer>56,088</answer>", problem)["total"] == 1.1
+    assert all(len(str(task.problem("train", 0, i)["a"])) == 3 for i in range(50))
+    with pytest.raises(BadInput, match="min_digits"):
+        tasks.Multiplication(3, 2)
 
 
 @pytest.mark.parametrize(

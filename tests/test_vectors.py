@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "more")]
-import tasks  # noqa: E402
-
+sys.path.insert(0, str(ROOT))
 import rewards  # noqa: E402
+from more import tasks  # noqa: E402
 
 FOLDER = Path(os.environ.get("VECTORS") or Path(__file__).parent / "vectors")
 DEVIATIONS = {}  # id of a `recommended` case: why ours differs
@@ -41,7 +40,6 @@ READ = {
     },
     "ppo_nsr": {
         "cosine_reward": "test_cosine_reward",
-        "classic_reward": "test_classic_reward",
         "repetition_penalty": "test_repetition_dense",
         "gae": "tests/test_ppo.py",
         "ppo_losses": "tests/test_ppo.py",
@@ -76,6 +74,7 @@ NOT_IMPLEMENTED = {
         "nsr_psr_wreinforce.entropy_bonus_ascent": "no entropy bonus in nsr.py",
         "nsr_psr_wreinforce.unlikelihood_descent": "the paper's comparison in appendix B, which it does not train on",
         "kl.adaptive_controller": "all papers here keep the coefficient fixed",
+        "classic_reward": "no script uses it: the paper trains with cosine_reward",
         "prime": "not planned now",
         "repetition_penalty.sparse": "the share of repeated n-grams of words: no script uses it",
         "repetition_penalty.dense with only_start": "an option of the reference that no script uses",
@@ -182,8 +181,6 @@ def test_reflection_keywords(case):
     count = rewards.reflection_count(case["text"])
     check("grpo", case, count, case["oat_zero_count"])
     check("grpo", case, count > 0, case["oat_zero_has"])
-    other = rewards.reflection_count(case["text"], rewards.UNDERSTAND_R1_ZERO)
-    check("grpo", case, other > 0, case["understand_r1_zero_has"])
 
 
 @cases("grpo", "language_consistency")
@@ -203,13 +200,6 @@ def test_cosine_reward(case):
     values |= {"r_exceed": case["re"] or 0.0, "max_length": case["Lmax"]}  # the reference reads None as 0
     near("ppo_nsr", case, rewards.cosine_reward(**values, margin=16), case["expected"])
     near("ppo_nsr", case, rewards.cosine_reward(**values), case["expected_margin0"])
-
-
-@cases("ppo_nsr", "classic_reward", "cases")
-def test_classic_reward(case):
-    values = (case["Lmax"], case["correct_value"], case["wrong_value"], case["exceed"])
-    got = rewards.classic_reward(case["length"], case["score"] > 0.5, *values, margin=16)
-    near("ppo_nsr", case, got, case["expected"])
 
 
 @cases("ppo_nsr", "repetition_penalty", "dense", keep=lambda case: not case["only_start"])

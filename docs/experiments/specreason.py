@@ -50,16 +50,8 @@ import torch
 from torch import nn
 
 import specreason
-from rewards import (
-    BadInput,
-    Countdown,
-    countdown_attempts,
-    make_task,
-    mean,
-    read_json,
-    read_jsonl,
-    try_line,
-)
+from more.tasks import countdown_attempts, try_line
+from rewards import BadInput, Countdown, make_task, mean, read_json, read_jsonl
 from specreason import Pair, Reader, checkpoints, compare, main, option, solve, write
 
 
