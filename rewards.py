@@ -526,15 +526,11 @@ class GSM8K:
             self.streams[split_of(self.key(problem))].append(problem)
 
     def read(self, row: dict) -> dict:
-        """{"question", "answer"} of a line; BadInput if the scorer cannot read its answer."""
-        if not isinstance(row, dict):
-            raise BadInput("not a JSON object")
-        for name in (self.FIELD, "answer"):
-            if not isinstance(row.get(name), (str, int, float)) or not str(row[name]).strip():
-                raise BadInput(f'field "{name}" is missing or empty')
-        answer = str(row["answer"]).rpartition("#### ")[2].strip()  # GSM8K's: ... #### 18
+        """{"question", "answer"} of a row; BadInput if the scorer cannot read its answer."""
+        question, answer = text_of(row, self.FIELD), text_of(row, "answer")
+        answer = answer.rpartition("#### ")[2].strip()  # GSM8K's: ... #### 18
         self.SCORER("", answer)
-        return {"question": str(row[self.FIELD]), "answer": answer}
+        return {"question": question, "answer": answer}
 
     def problem(self, split: str, seed: int, index: int) -> dict:
         """Test in file order, train in a new order each epoch."""
@@ -561,20 +557,49 @@ class Math(GSM8K):
     FIELD, EXAMPLE, SCORER = "problem", "\\frac{1}{2}", staticmethod(score_math)
 
 
+def text_of(row: dict, name: str) -> str:
+    """The text or number in a field of a row."""
+    if not isinstance(row.get(name), (str, int, float)) or not str(row[name]).strip():
+        raise BadInput(f'field "{name}" is missing or empty')
+    return str(row[name])
+
+
 def read_jsonl(path: str, read: Callable) -> list:
-    """`read` of the JSON value in each line of a file; BadInput names the file and the line."""
+    """`read` of each JSON object of a file: one a line, or the items of one list."""
+
+    def read_object(row: str | dict) -> object:
+        row = json.loads(row) if isinstance(row, str) else row
+        if not isinstance(row, dict):
+            raise BadInput("not a JSON object")
+        return read(row)
+
     with reading(f"cannot read the data file {path}"):
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    found = []
-    for number, line in enumerate(lines, 1):
+        text = Path(path).read_text(encoding="utf-8-sig")  # without a mark of the byte order
+    if not text.lstrip().startswith("["):
+        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return read_rows(path, "line", lines, read_object)
+    with reading(path):
+        items = json.loads(text)
+    return read_rows(path, "item", enumerate(items, 1), read_object)
+
+
+def read_rows(path: str, kind: str, rows: Iterable[tuple], read: Callable) -> list:
+    """`read` of each (number, row); BadInput tells the first fault, and where others are."""
+    found, faults = [], []
+    for number, row in rows:
         try:
-            if line.strip():
-                found.append(read(json.loads(line)))
+            found.append(read(row))
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             what = error if isinstance(error, ValueError) else repr(error)
-            raise BadInput(f"{path}, line {number}: {what}: {line[:40]!r}") from None
-    if not found:
+            faults.append((number, f"{what}: {str(row)[:40]!r}"))
+    if not found and not faults:
         raise BadInput(f"{path} is empty; it must hold one JSON object per line")
+    if faults:
+        (first, text), *others = faults
+        if others:
+            text += f"; {len(others)} more such {kind}{'s' if len(others) > 1 else ''}: "
+            text += ", ".join(str(number) for number, _ in others[:5])
+        raise BadInput(f"{path}, {kind} {first}: {text}")
     return found
 
 

@@ -38,9 +38,12 @@ from rewards import (
     expression_tokens,
     extract_answer,
     random_tree,
+    read_rows,
+    reading,
     score,
     score_multiplication,
     split_of,
+    text_of,
     to_postfix,
 )
 
@@ -1020,38 +1023,24 @@ class Chains(GSM8K):
 
 
 def read_chains(path: str) -> list[dict]:
-    """{"question", "steps", "answer"} of each problem in a file.
-
-    BadInput names the file and the item or line.
-    """
+    """{"question", "steps", "answer"} of each problem in a file."""
     if not path:
         raise BadInput("Chains reads a file: give --data FILE, or the knob data=FILE")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read the data file {path}: {error}") from None
-    chains = []
-    for where, item in items_of(text):
-        try:
-            chains.append(read_chain(item))
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{path}, {where}: {error}: {str(item)[:40]!r}") from None
-    if not chains:
-        raise BadInput(f"{path} is empty; it must hold problems with question, steps and answer")
-    return chains
+    with reading(f"cannot read the data file {path}"):
+        text = Path(path).read_text(encoding="utf-8-sig")
+    return read_rows(path, *items_of(text), read_chain)
 
 
-def items_of(text: str) -> list[tuple[str, object]]:
-    """The problems of a file, each with its place: items of one JSON value, else lines."""
+def items_of(text: str) -> tuple[str, list[tuple]]:
+    """The problems of a file, each with its number: items of one JSON value, else lines."""
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
         lines = enumerate(text.split("\n"), 1)
-        return [(f"line {number}", line) for number, line in lines if line.strip()]
+        return "line", [(number, line) for number, line in lines if line.strip()]
     if isinstance(whole, dict) and "question" not in whole:  # by name, as ProntoQA's
-        return [(f"item {name}", item) for name, item in whole.items()]
-    items = whole if isinstance(whole, list) else [whole]
-    return [(f"item {number}", item) for number, item in enumerate(items, 1)]
+        return "item", list(whole.items())
+    return "item", list(enumerate(whole if isinstance(whole, list) else [whole], 1))
 
 
 def read_chain(item: str | dict) -> dict:
@@ -1071,10 +1060,7 @@ def read_chain(item: str | dict) -> dict:
         item = from_prontoqa(item["test_example"])
     if not isinstance(item, dict) or not strings(item.get("steps")):
         raise BadInput('"steps" must be a list of texts')
-    for name in ("question", "answer"):
-        if not isinstance(item.get(name), (str, int, float)) or not str(item[name]).strip():
-            raise BadInput(f'field "{name}" is missing or empty')
-    question, answer = str(item["question"]), str(item["answer"])
+    question, answer = text_of(item, "question"), text_of(item, "answer")
     return {"question": question, "steps": item["steps"], "answer": answer}
 
 

@@ -831,7 +831,12 @@ def test_math_file(tmp_path):
         (b'{"question": "q", "answer": "#### many"}', "line 1: gsm8k: the gold answer 'many' is not a number"),
         (b'{"question": " ", "answer": "#### 1"}', 'line 1: field "question" is missing or empty'),
         (b"\xff\xfe", "cannot read"),
-        (b"[" * 100_000, r"line 1: .*\[\["),
+        (b"[" * 100_000, "RecursionError"),
+        (b'[{"question": "q", "answer": "#### 1"}, 5]', "item 2: not a JSON object: '5'$"),
+        (b'[{"question": "q", "answer": "#### 1"},\n]', "line 2 column 1"),
+        (b"[]", "is empty"),
+        (b'{"question": "q"}\n\n{"question": "q"}', "line 1: .*; 1 more such line: 3$"),
+        (b"{}\n" + b'{"question": "q", "answer": "1"}\n' + b"{}\n" * 9, "line 1: .*; 9 more such lines: 3, 4, 5, 6, 7$"),
     ],
 )
 def test_bad_files(tmp_path, content, words):
@@ -840,6 +845,19 @@ def test_bad_files(tmp_path, content, words):
     with pytest.raises(BadInput, match=words) as error:
         rewards.make_task("gsm8k", data=str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["lines", "list", "indented list"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_forms_of_a_file(tmp_path, form, mark):
+    """JSON lines or one JSON list, with and without the mark of the byte order that some editors write first."""
+    rows = [{"question": f"\u4e00 {i}?", "answer": f"#### {i}"} for i in range(30)]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    if form != "lines":
+        text = json.dumps(rows, indent=2 if form == "indented list" else None)
+    (tmp_path / "rows").write_bytes(mark + text.encode())
+    streams = rewards.make_task("gsm8k", data=str(tmp_path / "rows")).streams
+    assert sorted(int(row["answer"]) for row in streams["train"] + streams["test"]) == list(range(30))
 
 
 def test_missing_file():

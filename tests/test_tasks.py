@@ -517,6 +517,11 @@ def test_chain_files(form, tmp_path):
     assert tasks.read_chains(str(tmp_path / "a")) == [CHAIN] * (1 if form == "one" else 2)
 
 
+def test_chain_file_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbf" + b"2 and 3?||2+3=5 #### 5\n")
+    assert tasks.read_chains(str(tmp_path / "a"))[0]["question"] == "2 and 3?"
+
+
 def test_prontoqa_file(tmp_path):
     examples = {f"example{i}": {"in_context_example0": PRONTO, "test_example": PRONTO} for i in (1, 2)}
     (tmp_path / "a").write_text(json.dumps(examples), encoding="utf-8")
@@ -536,6 +541,7 @@ def test_prontoqa_file(tmp_path):
         (json.dumps({"example7": {"test_example": PRONTO | {"query": None}}}), 'item example7: field "question"'),
         (json.dumps({"example7": {"test_example": PRONTO | {"chain_of_thought": "x"}}}), "item example7: .steps"),
         (json.dumps(CHAIN) + "\n{\n", "line 2: "),
+        ("2?||1 #### 1\nx\n\ny\n2?||1 #### 1\nz\n", "line 2: field .*; 2 more such lines: 4, 6$"),
         ("2 and 3?||2+3=5 #### 10\nno separator\n", 'line 2: field "answer" is missing'),
         ("[" * 100_000, "line 1: "),
     ],
