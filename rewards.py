@@ -603,6 +603,33 @@ def read_rows(path: str, kind: str, rows: Iterable[tuple], read: Callable) -> li
     return found
 
 
+SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles
+
+
+def read_chat(row: dict) -> list[dict] | None:
+    """The messages of a row, {"role", "content"}; None where it has none.
+
+    Known are {"messages": [...]}, TRL's {"prompt": [...], "completion": [...]}, and ShareGPT's
+    {"conversations": [{"from", "value"}, ...]}.
+    """
+    given = row.get("messages", row.get("conversations"))
+    if given is None and isinstance(row.get("prompt"), list):
+        given = [*row["prompt"], *(row.get("completion") or [])]
+    if given is None:
+        return None
+    if not isinstance(given, list) or not given:
+        raise BadInput("the list of messages is empty, or no list")
+    messages = []
+    for number, message in enumerate(given, 1):
+        fields = message if isinstance(message, dict) else {}
+        role = fields.get("role", fields.get("from"))
+        content = fields.get("content", fields.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise BadInput(f"message {number} has no role or no content")
+        messages.append({"role": SHAREGPT.get(role, role), "content": content})
+    return messages
+
+
 @functools.lru_cache(maxsize=4)
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"epoch {seed} {epoch}").sample(range(count), count)
@@ -725,6 +752,11 @@ ASSISTANT_PREFIX = "Let me solve this step by step.\n<think>"
 PREAMBLE = "A conversation between User and Assistant. The user asks a question, and the Assistant "
 PREAMBLE += "solves it. The assistant first thinks about the reasoning process and then provides "
 PREAMBLE += "the user with the answer."  # TinyZero's, for base models
+
+
+def open_thinking(text: str) -> str:
+    """A templated prompt that ends in <think>, as the templates of thinking models do."""
+    return text if text.rstrip().endswith("<think>") else text + ASSISTANT_PREFIX
 
 
 def prompt(task, problem: dict, style: str) -> str | list[dict]:

@@ -860,6 +860,53 @@ def test_forms_of_a_file(tmp_path, form, mark):
     assert sorted(int(row["answer"]) for row in streams["train"] + streams["test"]) == list(range(30))
 
 
+USER, REPLY = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+SYSTEM = {"role": "system", "content": ""}
+CHATS = {
+    "messages": ({"messages": [SYSTEM, USER, REPLY], "source": "x"}, [SYSTEM, USER, REPLY]),
+    "prompt and completion": ({"prompt": [SYSTEM, USER], "completion": [REPLY]}, [SYSTEM, USER, REPLY]),
+    "conversations": (
+        {"id": 7, "conversations": [{"from": "system", "value": ""}, {"from": "human", "value": "2+2?"}, REPLY]},
+        [SYSTEM, USER, REPLY],
+    ),
+    "gpt": ({"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}, [USER, REPLY]),
+    "texts": ({"prompt": "2+2?", "completion": "4"}, None),
+    "a question": ({"question": "2+2?", "answer": "4"}, None),
+}
+
+
+@pytest.mark.parametrize("case", CHATS)
+def test_read_chat(case):
+    row, messages = CHATS[case]
+    assert rewards.read_chat(row) == messages
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"messages": [USER, {"role": "assistant"}]}, "message 2 has no role or no content"),
+        ({"messages": [{"content": "2+2?"}]}, "message 1"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2"),
+        ({"messages": [USER, "4"]}, "message 2"),
+        ({"prompt": [USER], "completion": "4"}, "message 2"),
+        ({"conversations": [{"from": "human", "text": "2+2?"}]}, "message 1"),
+        ({"messages": []}, "empty"),
+        ({"conversations": {"from": "human", "value": "2+2?"}}, "no list"),
+    ],
+)
+def test_bad_chats(row, words):
+    with pytest.raises(BadInput, match=words):
+        rewards.read_chat(row)
+
+
+@pytest.mark.parametrize("end", ["<think>", "<think>\n", "<think>\n\n"])
+def test_open_thinking(end):
+    """A template that opens the thinking itself keeps its own end; any other gets the prefix."""
+    closed = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert rewards.open_thinking("<|im_start|>assistant\n" + end) == "<|im_start|>assistant\n" + end
+    assert rewards.open_thinking(closed) == closed + rewards.ASSISTANT_PREFIX
+
+
 def test_missing_file():
     with pytest.raises(BadInput, match="cannot read the data file nowhere.jsonl"):
         rewards.make_task("math", data="nowhere.jsonl")
