@@ -796,7 +796,7 @@ class Run:
 
     def on_signal(self, number, frame):
         self.got = number  # on this rank
-        signal.signal(number, signal.SIG_DFL)  # the second one ends it
+        signal.signal(number, signal.SIG_DFL)  # a second ends it
         os.write(1, b"stopping after this step; again: at once\n")
 
     def gather(self, value):
@@ -829,7 +829,7 @@ class Run:
         torch._foreach_copy_(list(to.parameters()), list(model.parameters()))
 
     def start(self, model, optimizer, prompter):
-        """Make the run folder or resume; returns the state."""
+        """Make or resume the run folder; the state."""
         cfg, script, state = self.cfg, Path(__file__), {"step": 0}
         example = prompter.text(prompter.task.problem("train", cfg.seed, 0))
         heldout(prompter.task, cfg.eval_problems)  # complains
@@ -842,7 +842,7 @@ class Run:
         self.samples = self.folder / "samples.jsonl"
         if cfg.resume:
             state = self.resume(model, optimizer)
-            for log in (self.metrics, self.samples):  # the lines up to here
+            for log in (self.metrics, self.samples):
                 if self.rank == 0 and log.exists():
                     trim_log(log, state["step"])
         about = {"script": script.name, "command": " ".join(sys.argv), "config": asdict(cfg)}

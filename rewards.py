@@ -150,12 +150,8 @@ def score(
     text: str, answer: str | None, correct: bool, format_weight: float = 0.1, eos: str = ""
 ) -> dict:
     """The parts of a reward and their sum (eq. 1)."""
-    return total(float(strict_format(text, eos)), answer, correct, format_weight)
-
-
-def total(layout: float, answer: str | None, correct: bool, weight: float) -> dict:
-    parts = {"format": layout, "answer": answer, "correct": correct}
-    return parts | {"total": correct + weight * layout}
+    parts = {"format": float(strict_format(text, eos)), "answer": answer, "correct": correct}
+    return parts | {"total": correct + format_weight * parts["format"]}
 
 
 def strict_format(text: str, eos: str = "") -> bool:
@@ -199,7 +195,7 @@ def plain_signs(text: str) -> str:
 
 
 def plain_number(text: str) -> Fraction | None:
-    """The value of '$1,080.50', '-5', '1/2', '18 dollars.', 'x = 72', '1.2 million'; 50 of '50%'.
+    """The value of '$1,080.50', '-5', '1/2', '18 dollars.', 'x = 72'; 50 of '50%'; not '1 million'.
 
     None for anything but one number: a range, two quantities, a bound, an expression to work out.
     """
@@ -224,7 +220,6 @@ def number_text(text: str) -> str:
 PLAIN_NUMBER = (  # at most 40 digits each
     r"[-+]?(?:[0-9]{1,40}(?:\.[0-9]{1,40})?|\.[0-9]{1,40})"
     r"(?:/[0-9]{1,40}|\*10\^\{?-?[0-9]{1,2}\}?)?"
-    r"|[-+]?\\frac\{[0-9]{1,40}\}\{[0-9]{1,40}\}"
 )
 
 
@@ -606,8 +601,8 @@ def read_rows(path: str, kind: str, rows: Iterable[tuple], read: Callable) -> li
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles
 
 
-def read_chat(row: dict) -> list[dict] | None:
-    """The messages of a row, {"role", "content"}; None where it has none.
+def read_chat(row: dict) -> list[dict]:
+    """The messages of a row, {"role", "content"}.
 
     Known are {"messages": [...]}, TRL's {"prompt": [...], "completion": [...]}, and ShareGPT's
     {"conversations": [{"from", "value"}, ...]}.
@@ -615,10 +610,8 @@ def read_chat(row: dict) -> list[dict] | None:
     given = row.get("messages", row.get("conversations"))
     if given is None and isinstance(row.get("prompt"), list):
         given = [*row["prompt"], *(row.get("completion") or [])]
-    if given is None:
-        return None
     if not isinstance(given, list) or not given:
-        raise BadInput("the list of messages is empty, or no list")
+        raise BadInput("prompt and completion, or a list of messages, are needed")
     messages = []
     for number, message in enumerate(given, 1):
         fields = message if isinstance(message, dict) else {}
@@ -1111,14 +1104,12 @@ def split_unit(text: str) -> tuple[str, str]:
     words = re.findall(r"\^[23]|m/s|km/h|[a-z]+|[^a-z\s\".*{}^]", unit)
     singular = [word if word in UNIT_OF else word.removesuffix("s") for word in words]
     names = [word for word in words if word[0] not in "^/"]
-    known = names[:1] == words[:1] and (names[-1] in UNIT_OF or names[-1].endswith("s"))
+    known = names[:1] == words[:1] != [] and (names[-1] in UNIT_OF or names[-1].endswith("s"))
     carries = any(word in NO_UNIT or re.fullmatch(ORDINAL, word) for word in words + singular)
     if not known or carries or re.search(r"\\(sin|cos|tan)", value):  # degrees of a sine
         return text, ""
     return value, " ".join(UNIT_OF.get(word, word) for word in singular)
 
-
-# Forms
 
 GREEK = "alpha beta gamma delta epsilon theta phi lambda mu omega".split()
 SYMBOL = rf"(?:[A-Za-z](?![A-Za-z])|\\(?:{'|'.join(GREEK)})|[A-Za-z]{{4,}}|\"[A-Za-z]+\")"
@@ -1244,9 +1235,6 @@ def split_at(text: str, marks: str) -> list[str]:
         else:
             pieces[-1] += character
     return [piece.strip() for piece in pieces] if text and depth == 0 else []
-
-
-# Values
 
 
 def mixed_number(match: re.Match) -> str:

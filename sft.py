@@ -59,7 +59,6 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from rewards import (
-    ASSISTANT_PREFIX,
     BadInput,
     Completion,
     describe_evaluation,
@@ -68,7 +67,9 @@ from rewards import (
     in_groups,
     make_task,
     micro_batches,
+    open_thinking,
     prompt,
+    read_chat,
     read_json,
     read_jsonl,
     reading,
@@ -154,24 +155,23 @@ def trace_example(prompter: "Prompter", seed: int, index: int) -> dict:
     return {"prompt": prompter.text(problem), "completion": trace}
 
 
-def make_row(prompter: "Prompter", example: dict, loss_on: str, end: list[int]) -> tuple:
-    """An example as a row; `end` is the end token, which is learnt: else no answer ever ends.
+def make_row(prompter: "Prompter", example: dict, loss_on: str, ends: list[int]) -> tuple:
+    """An example as a row; the first of `ends` is learnt: else no answer ever ends.
 
     The parts are tokenised apart, so that the mask needs no search for a marker in the text.
     """
-    completion = example.get("completion", "")
+    completion, end = example.get("completion", ""), ends[:1]
     thought, tag, answer = completion.partition("</think>")
     split = loss_on in ("thought", "answer")
     if split and not tag:
         raise BadInput(f"--loss_on {loss_on} needs a completion with </think>")
     if "messages" in example:  # the chat template writes its own ends
-        parts, end = chat_parts(prompter, example["messages"]), []
+        parts, end = chat_parts(prompter, example["messages"], ends), []
     elif split:
         parts = [(example["prompt"], False)]
         parts += [(thought + tag, loss_on == "thought"), (answer, loss_on == "answer")]
     else:
         parts = [(example["prompt"], False), (completion, True)]
-
     pieces = [(prompter.encode(text), learnt) for text, learnt in parts]
     pieces.append((end, loss_on != "thought"))
     ids, mask = [], []
@@ -181,11 +181,11 @@ def make_row(prompter: "Prompter", example: dict, loss_on: str, end: list[int]) 
     return ids, mask
 
 
-def chat_parts(prompter: "Prompter", messages: list[dict]) -> list[tuple[str, bool]]:
-    """A chat as (text, learnt): each assistant turn with its end is learnt, nothing else."""
+def chat_parts(prompter: "Prompter", messages: list, ends: list) -> list[tuple[str, bool]]:
+    """A chat as (text, learnt): each assistant turn up to its end token is learnt."""
     if prompter.style != "chat":
         raise BadInput("examples with messages need --chat")
-    parts, text = [], ""
+    parts, text, marks = [], "", tuple(prompter.decode([i]) for i in ends)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             asked = fill_template(prompter, messages[:i], opens_reply=True)
@@ -193,6 +193,8 @@ def chat_parts(prompter: "Prompter", messages: list[dict]) -> list[tuple[str, bo
             if not (asked.startswith(text) and replied.startswith(asked)):
                 raise BadInput("the chat template rewrites earlier turns")
             parts.append((asked[len(text) :], False))
+            if replied.rstrip().endswith(marks):  # a newline behind it is not learnt
+                replied = replied.rstrip()
             parts.append((replied[len(asked) :], True))
             text = replied
     return parts
@@ -204,17 +206,17 @@ def fill_template(prompter: "Prompter", messages: list[dict], opens_reply: bool)
         return prompter.chat.apply_chat_template(messages, **options)
 
 
-def file_rows(run: "Run", prompter: "Prompter", end: list[int]) -> list[tuple]:
+def file_rows(run: "Run", prompter: "Prompter", ends: list[int]) -> list[tuple]:
     """The rows of --data that are not too long and have something to learn."""
     cfg = run.cfg
 
     def read(example: dict) -> tuple:
         texts = [example.get(name) for name in ("prompt", "completion")]
-        is_pair = all(isinstance(text, str) for text in texts)
-        is_chat = texts == [None, None] and "messages" in example
-        if not is_pair and not is_chat:
-            raise BadInput("prompt and completion, or messages, are needed")
-        return make_row(prompter, example, cfg.loss_on, end)
+        if all(isinstance(text, str) for text in texts):
+            example = {"prompt": prompter.start + texts[0], "completion": texts[1]}
+        else:
+            example = {"messages": read_chat(example)}
+        return make_row(prompter, example, cfg.loss_on, ends)
 
     rows = read_jsonl(cfg.data, read)
     short = [row for row in rows if len(row[0]) <= cfg.max_length]
@@ -321,7 +323,6 @@ def update_model(
         part.backward()
         loss += part.item()
         entropy += entropies.sum().item() / num_tokens
-
     for group in optimizer.param_groups:
         group["lr"] = lr
     norm = run.update(model, optimizer, lr)
@@ -349,15 +350,15 @@ def train(cfg: Config) -> int:
     model, sampler = run.load(BY_SIZE)
     cfg.model = name  # run.json says scratch
     task = make_task(cfg.task, natural=not model.is_tiny)
-    prompter, end = Prompter(model, task, cfg.chat), model.eos_ids[:1]
+    prompter, ends = Prompter(model, task, cfg.chat), model.eos_ids
     if not cfg.data and not hasattr(task, "trace"):
         raise BadInput(f"--task {cfg.task} makes no traces: give --data")
-    lines = file_rows(run, prompter, end) if cfg.data else []
+    lines = file_rows(run, prompter, ends) if cfg.data else []
 
     def row(index):
         """Of an endless stream: a new trace, or the lines of the file in a new order each epoch."""
         if not lines:
-            return make_row(prompter, trace_example(prompter, cfg.seed, index), cfg.loss_on, end)
+            return make_row(prompter, trace_example(prompter, cfg.seed, index), cfg.loss_on, ends)
         epoch, place = divmod(index, len(lines))
         return lines[epoch_order(len(lines), cfg.seed, epoch)[place]]
 
@@ -519,7 +520,7 @@ class Model(nn.Module):
         self.lm_head = Linear(c["hidden_size"], c["vocab_size"], bias=False)
         self.tie()
         self.compute_dtype = None  # of products, if not the weights'
-        self.checkpointing = False  # of layers
+        self.checkpointing = False
         self.register_buffer("vocab_bias", None, persistent=False)  # (V,): -inf if never drawn
         self.eos_ids, self.tokenizer, self.is_tiny = [], None, False  # see read_special_ids
 
@@ -570,7 +571,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Model:
         if not known or rope != "default" or window:  # unseen by strict loading
             raise BadInput(f"{folder}: no {kind} with {act}, rope {rope}, window {window}")
         for file in sorted(folder.glob("model*.safetensors")):
-            tensors |= {name: tensor.float() for name, tensor in load_file(file).items()}
+            tensors |= {n: x.float() for n, x in load_file(file).items() if "rotary" not in n}
         if c.get("tie_word_embeddings"):
             embed = tensors["model.embed_tokens.weight"]
             if not torch.equal(tensors.setdefault("lm_head.weight", embed), embed):
@@ -788,9 +789,9 @@ class Prompter:
             raise BadInput(f"{model.folder}: no tokenizer.json")
         self.style = "compact" if model.is_tiny else "text"
         self.stops = () if chat or model.is_tiny else ("</answer>", "\nUser:")
+        self.start = "" if chat else self.decode(self.tokenizer.encode("").ids[:1])  # BOS
         if chat:
             from transformers import AutoTokenizer  # slow
-
             self.style = "chat"
             with reading(model.folder):
                 self.chat = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
@@ -798,10 +799,10 @@ class Prompter:
     def text(self, problem):
         asked = prompt(self.task, problem, self.style)
         if self.style != "chat":
-            return asked
+            return self.start + asked
         with reading("--chat"):
             options = {"tokenize": False, "add_generation_prompt": True}
-            return self.chat.apply_chat_template(asked, **options) + ASSISTANT_PREFIX
+            return open_thinking(self.chat.apply_chat_template(asked, **options))
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -856,7 +857,7 @@ def rows_at_once(model: Model, capacity: int) -> int:
 
 
 def evaluate(run: "Run", model: Model, prompter: Prompter, step: int) -> dict[str, float]:
-    """Log and return held-out accuracy, with the numbers of step 0."""
+    """Held-out accuracy, always with row_uniforms of step 0."""
     cfg, task = run.cfg, prompter.task
     if not cfg.eval_problems:
         return {}
@@ -898,7 +899,7 @@ class Run:
 
     def on_signal(self, number, frame):
         self.got = number  # on this rank
-        signal.signal(number, signal.SIG_DFL)  # the second one ends it
+        signal.signal(number, signal.SIG_DFL)  # a second ends it
         os.write(1, b"stopping after this step; again: at once\n")
 
     def gather(self, value):
@@ -931,7 +932,7 @@ class Run:
         torch._foreach_copy_(list(to.parameters()), list(model.parameters()))
 
     def start(self, model, optimizer, prompter):
-        """Make the run folder or resume; returns the state."""
+        """Make or resume the run folder; the state."""
         cfg, script, state = self.cfg, Path(__file__), {"step": 0}
         example = prompter.text(prompter.task.problem("train", cfg.seed, 0))
         heldout(prompter.task, cfg.eval_problems)  # complains
@@ -944,7 +945,7 @@ class Run:
         self.samples = self.folder / "samples.jsonl"
         if cfg.resume:
             state = self.resume(model, optimizer)
-            for log in (self.metrics, self.samples):  # the lines up to here
+            for log in (self.metrics, self.samples):
                 if self.rank == 0 and log.exists():
                     trim_log(log, state["step"])
         about = {"script": script.name, "command": " ".join(sys.argv), "config": asdict(cfg)}

@@ -62,7 +62,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rewards import (
-    ASSISTANT_PREFIX,
     BadInput,
     Completion,
     describe_evaluation,
@@ -70,6 +69,7 @@ from rewards import (
     in_groups,
     make_task,
     mean,
+    open_thinking,
     prompt,
     read_json,
     reading,
@@ -612,7 +612,7 @@ class Model(nn.Module):
         self.lm_head = Linear(c["hidden_size"], c["vocab_size"], bias=False)
         self.tie()
         self.compute_dtype = None  # of products, if not the weights'
-        self.checkpointing = False  # of layers
+        self.checkpointing = False
         self.register_buffer("vocab_bias", None, persistent=False)  # (V,): -inf if never drawn
         self.eos_ids, self.tokenizer, self.is_tiny = [], None, False  # see read_special_ids
 
@@ -663,7 +663,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Model:
         if not known or rope != "default" or window:  # unseen by strict loading
             raise BadInput(f"{folder}: no {kind} with {act}, rope {rope}, window {window}")
         for file in sorted(folder.glob("model*.safetensors")):
-            tensors |= {name: tensor.float() for name, tensor in load_file(file).items()}
+            tensors |= {n: x.float() for n, x in load_file(file).items() if "rotary" not in n}
         if c.get("tie_word_embeddings"):
             embed = tensors["model.embed_tokens.weight"]
             if not torch.equal(tensors.setdefault("lm_head.weight", embed), embed):
@@ -842,9 +842,9 @@ class Prompter:
             raise BadInput(f"{model.folder}: no tokenizer.json")
         self.style = "compact" if model.is_tiny else "text"
         self.stops = () if chat or model.is_tiny else ("</answer>", "\nUser:")
+        self.start = "" if chat else self.decode(self.tokenizer.encode("").ids[:1])  # BOS
         if chat:
             from transformers import AutoTokenizer  # slow
-
             self.style = "chat"
             with reading(model.folder):
                 self.chat = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
@@ -852,10 +852,10 @@ class Prompter:
     def text(self, problem):
         asked = prompt(self.task, problem, self.style)
         if self.style != "chat":
-            return asked
+            return self.start + asked
         with reading("--chat"):
             options = {"tokenize": False, "add_generation_prompt": True}
-            return self.chat.apply_chat_template(asked, **options) + ASSISTANT_PREFIX
+            return open_thinking(self.chat.apply_chat_template(asked, **options))
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -910,7 +910,7 @@ def rows_at_once(model: Model, capacity: int) -> int:
 
 
 def evaluate(run: "Run", model: Model, prompter: Prompter, step: int) -> dict[str, float]:
-    """Log and return held-out accuracy, with the numbers of step 0."""
+    """Held-out accuracy, always with row_uniforms of step 0."""
     cfg, task = run.cfg, prompter.task
     if not cfg.eval_problems:
         return {}
@@ -952,7 +952,7 @@ class Run:
 
     def on_signal(self, number, frame):
         self.got = number  # on this rank
-        signal.signal(number, signal.SIG_DFL)  # the second one ends it
+        signal.signal(number, signal.SIG_DFL)  # a second ends it
         os.write(1, b"stopping after this step; again: at once\n")
 
     def gather(self, value):
@@ -985,7 +985,7 @@ class Run:
         torch._foreach_copy_(list(to.parameters()), list(model.parameters()))
 
     def start(self, model, optimizer, prompter):
-        """Make the run folder or resume; returns the state."""
+        """Make or resume the run folder; the state."""
         cfg, script, state = self.cfg, Path(__file__), {"step": 0}
         example = prompter.text(prompter.task.problem("train", cfg.seed, 0))
         heldout(prompter.task, cfg.eval_problems)  # complains
@@ -998,7 +998,7 @@ class Run:
         self.samples = self.folder / "samples.jsonl"
         if cfg.resume:
             state = self.resume(model, optimizer)
-            for log in (self.metrics, self.samples):  # the lines up to here
+            for log in (self.metrics, self.samples):
                 if self.rank == 0 and log.exists():
                     trim_log(log, state["step"])
         about = {"script": script.name, "command": " ".join(sys.argv), "config": asdict(cfg)}

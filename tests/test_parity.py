@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -389,6 +389,18 @@ def test_tensors_that_do_not_match(copy_of, case):
     refused(folder, part)
 
 
+def test_rotary_tables_that_are_stored_too(copy_of):
+    """Llama 2's files hold one a layer."""
+    folder = copy_of("llama")
+    tensors = load_file(folder / "model.safetensors")
+    before = grpo.load_model(folder).state_dict()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    after = grpo.load_model(folder).state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_tied_head_that_is_stored_too(copy_of):
     folder = copy_of("llama-mqa-tied")
     tensors = load_file(folder / "model.safetensors")
@@ -451,6 +463,27 @@ def test_special_ids(copy_of, tmp_path):
     assert (tmp_path / "export" / "chat_template.jinja").exists()
     generation = theirs_of(tmp_path / "export").generation_config
     assert generation.eos_token_id == [7, 5] and generation.suppress_tokens == [3]
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+def test_a_prompt_begins_with_one_bos(copy_of, chat):
+    """Where the tokenizer puts one; after a chat template it is the template that writes it."""
+    folder = copy_of("llama")
+    words = Tokenizer(models.WordLevel({"[unk]": 0, "<s>": 1, "</s>": 2}, unk_token="[unk]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(["<s>", "</s>"])
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    words.save(str(folder / "tokenizer.json"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+    (folder / "chat_template.jinja").write_text("<s>{{ messages[0].content }}<think>\n")
+    task = grpo.make_task("countdown")
+    prompter = grpo.Prompter(grpo.load_model(folder), task, chat)
+    text = prompter.text(task.problem("train", 0, 0))
+    ids = prompter.encode(text)
+    assert ids[0] == 1 and ids.count(1) == 1
+    end = "</answer>.<think>" if chat else "</answer>.\nAssistant: Let me solve this step by step.\n<think>"
+    assert text.rstrip().endswith(end)
 
 
 # ----------------------------------------------------------------------------------- a real model

@@ -870,8 +870,6 @@ CHATS = {
         [SYSTEM, USER, REPLY],
     ),
     "gpt": ({"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}, [USER, REPLY]),
-    "texts": ({"prompt": "2+2?", "completion": "4"}, None),
-    "a question": ({"question": "2+2?", "answer": "4"}, None),
 }
 
 
@@ -890,8 +888,10 @@ def test_read_chat(case):
         ({"messages": [USER, "4"]}, "message 2"),
         ({"prompt": [USER], "completion": "4"}, "message 2"),
         ({"conversations": [{"from": "human", "text": "2+2?"}]}, "message 1"),
-        ({"messages": []}, "empty"),
-        ({"conversations": {"from": "human", "value": "2+2?"}}, "no list"),
+        ({"messages": []}, "list of messages"),
+        ({"conversations": {"from": "human", "value": "2+2?"}}, "list of messages"),
+        ({"prompt": "2+2?", "completion": 4}, "list of messages"),
+        ({"question": "2+2?", "answer": "4"}, "list of messages"),
     ],
 )
 def test_bad_chats(row, words):

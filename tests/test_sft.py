@@ -172,7 +172,7 @@ def test_long_rows_are_dropped_and_counted(prompter, tmp_path):
         ([{"prompt": "a"}], "line 1"),
         ([{"prompt": "a", "completion": "b"}, "not json\n"], "line 2"),
         ([{"prompt": "a", "completion": 3}], "line 1"),
-        (["[1]\n"], r"line 1: .*'\[1\]'"),
+        (["[1]\n"], "item 1"),
         ([{"messages": [{"role": "user", "content": "a"}]}], "need --chat"),
     ],
 )
@@ -189,10 +189,10 @@ def test_thoughts_are_needed(prompter, tmp_path, loss_on):
 
 
 class Template:
-    """A chat template with visible turns."""
+    """A chat template with visible turns, each on a line of its own."""
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        text = "".join(f"[{m['role']}]{m['content']}[end]" for m in messages)
+        text = "".join(f"[{m['role']}]{m['content']}[end]\n" for m in messages)
         return text + "[assistant]" * add_generation_prompt
 
 
@@ -208,13 +208,18 @@ CHAT = [{"role": role, "content": content} for role, content in ROLES]
 
 
 def test_chat_learns_every_assistant_turn_and_nothing_else():
-    """The generation prompt is given, the reply and its end token are learnt."""
-    parts = sft.chat_parts(SimpleNamespace(style="chat", chat=Template()), CHAT)
-    assert [text for text, learnt in parts if learnt] == ["a1[end]", "a2[end]"]
+    """The prompt of a reply is given, the reply and its end token are learnt, no newline behind."""
+
+    def parts(template) -> list:
+        decode = {7: "[other]", 8: "[end]"}.__getitem__
+        given = SimpleNamespace(style="chat", chat=template, decode=lambda ids: decode(ids[0]))
+        return sft.chat_parts(given, CHAT, [7, 8])
+
+    assert [text for text, learnt in parts(Template()) if learnt] == ["a1[end]", "a2[end]"]
     whole = Template().apply_chat_template(CHAT, False, False)
-    assert "".join(text for text, _ in parts) == whole
+    assert "".join(text for text, _ in parts(Template())) == whole.removesuffix("\n")
     with pytest.raises(sft.BadInput, match="rewrites earlier turns"):
-        sft.chat_parts(SimpleNamespace(style="chat", chat=Rewriting()), CHAT)
+        parts(Rewriting())
 
 
 def test_an_epoch_is_every_line_in_a_new_order(prompter, folder, tmp_path, monkeypatch):
