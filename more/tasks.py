@@ -205,9 +205,20 @@ def points_verdict(formula: str, numbers: Sequence[int], target: int) -> str:
 
 
 def points_formula(text: str) -> str | None:
-    """The last "formula" of an answer in JSON, however broken the rest; None without one."""
-    found = re.findall(r'"formula"\s*:\s*"([^"]*)"', text[: MAX_ANSWER + 1])
-    return found[-1] if found else None
+    """The first "formula" of an answer in JSON, however broken the rest; None without one.
+
+    A text, also with a line break at its end, or a number, which is a formula of one numeral.
+
+    >>> points_formula('{"formula": "3*8\\\\n"} {"formula": 24}'), points_formula('{"formula": 24}')
+    ('3*8\\n', '24')
+    """
+    found = re.search(r'"formula"\s*:\s*("(?:[^"\\]|\\.)*"|[0-9.]+)', text[: MAX_ANSWER + 1])
+    if found is None:
+        return None
+    try:
+        return str(json.loads(found[1], strict=False))
+    except ValueError:
+        return found[1].strip('"')
 
 
 @dataclass
@@ -335,8 +346,13 @@ class GeneralPoints:
         return parts | {"verdict": verdict, "points": POINTS[verdict]}
 
     def revise(self, problem: dict, text: str) -> dict:
-        """The problem of the next turn: this one, a failed attempt and its verdict (app. A.2)."""
+        """The problem of the next turn: this one, a failed attempt and its verdict (app. A.2).
+
+        After a right answer, or one that was not looked at, there is no next turn.
+        """
         formula, verdict = self.judge(text, problem)
+        if verdict not in self.MARKS:
+            return problem
         shown = re.sub("[^-0-9+*/()=AJQK ]", "", formula)[:40]
         return problem | {"failed": [*problem["failed"], [shown, verdict]]}
 

@@ -279,6 +279,40 @@ def test_generalpoints_revision():
     assert set(counts) == {0, 1, 2, 3, 4} and min(counts.values()) > 20
 
 
+@pytest.mark.parametrize(
+    "answer, formula, verdict",
+    [
+        ('{"formula": "13+11*3=24"}', "13+11*3=24", "wrong_value"),
+        ('{"formula": "(13-11)*3"} {"formula": "13+11*3"}', "(13-11)*3", "wrong_value"),
+        ('{"formula": "13+11*0\\n"}', "13+11*0\n", "wrong_numbers"),
+        ('{"formula": "13+11*3\\n"}', "13+11*3\n", "wrong_value"),
+        ('{"formula": "13+11*3\n"}', "13+11*3\n", "wrong_value"),
+        ('{"formula": "13\\/11\\/3"}', "13/11/3", "wrong_value"),
+        ('{"formula": 24}', "24", "wrong_numbers"),
+        ('{"formula": 24.0}', "24.0", "illegal"),
+        ('{"formula": 007}', "007", "illegal"),
+        ('{"formula": "\\x"}', "\\x", "illegal"),
+        ('{"formula": null}', None, "illegal"),
+        ('{"formula": "13+', None, "illegal"),
+    ],
+)
+def test_generalpoints_reader(answer, formula, verdict):
+    assert tasks.points_formula(answer) == formula
+    assert tasks.GeneralPoints().score(f"</think><answer>{answer}</answer>", HAND)["verdict"] == verdict
+
+
+def test_generalpoints_episode_ends():
+    """The sixth answer is not looked at, and neither it nor a right one opens another turn."""
+    task, problem = tasks.GeneralPoints(rule=13), HAND | {"target": 46}
+    right, wrong = "</think><answer>13+11*3</answer>", "</think><answer>13+11+3</answer>"
+    assert task.revise(problem, right) == problem
+    for _ in range(5):
+        problem = task.revise(problem, wrong)
+    assert len(problem["failed"]) == 5 and task.revise(problem, wrong) == problem == task.revise(problem, right)
+    assert task.score(right, problem)["verdict"] == "limit" and not task.score(right, problem)["correct"]
+    assert task.compact(problem).count("#v") == 5 and task.question(problem).count("which failed") == 5
+
+
 PUZZLE = {"statements": [["knave", 1], ["or", ["knight", 1], ["knave", 1]]]}  # A-B+
 
 
