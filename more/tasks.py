@@ -380,12 +380,21 @@ def truth(statement: list, roles: Sequence[float]) -> float:
     """1 if the statement is true, 0 if false, 0.5 if what is known of the roles leaves it open.
 
     roles: 1 knight, 0 knave; of those that are missing nothing is known (Kleene's strong logic).
-    A statement is [knight, i], [knave, i], [not, s], or [and | or | implies | iff, s, t].
+    A statement is [knight, i], [knave, i], [not, s], [and | or | implies | iff, s, t], or
+    [exactly, k, s, t, ...]: k of these are true.
 
     >>> [truth([kind, ["knight", 0], ["knave", 1]], [1]) for kind in ("or", "iff")]
     [1, 0.5]
+    >>> [truth(["exactly", k, ["knight", 0], ["knave", 1]], [1]) for k in (0, 1, 2)]
+    [0, 0.5, 0.5]
     """
     kind, *parts = statement
+    if kind == "exactly":
+        values = [truth(part, roles) for part in parts[1:]]
+        least, most = sum(v == 1 for v in values), sum(v > 0 for v in values)
+        if not least <= parts[0] <= most:
+            return 0
+        return 1 if least == most else 0.5
     if kind in ("knight", "knave"):
         role = roles[parts[0]] if parts[0] < len(roles) else 0.5
         return role if kind == "knight" else 1 - role
@@ -427,8 +436,12 @@ def letters_of(roles: Sequence[int]) -> str:
     >>> letters_of([0, 1])
     'A-B+'
     """
-    signs = ["+" if role else "-" for role in roles]
-    return "".join(name[0] + sign for name, sign in zip(PEOPLE, signs, strict=False))
+    return "".join(letter(i) + ("+" if role else "-") for i, role in enumerate(roles))
+
+
+def letter(person: int) -> str:
+    """A for the first one, whatever the name."""
+    return chr(65 + person)
 
 
 @dataclass
@@ -436,7 +449,8 @@ class KnightsAndKnaves:
     """Who is a knight and only says what is true, who a knave and only says what is false?
 
     Puzzles with exactly one solution; statements as in the data of arXiv:2505.13718: a claim, or
-    not, and, or, implies, iff over claims.
+    not, and, or, implies, iff over claims. A problem of another source may also count ("exactly",
+    see truth) and give the people other "names"; the short form writes A, B, C for them.
     """
 
     min_people: int = 2
@@ -482,26 +496,38 @@ class KnightsAndKnaves:
         >>> KnightsAndKnaves().compact({"statements": statements})
         'A:(B+&A-);B:~A+?<think>'
         """
-        said = zip(PEOPLE, problem["statements"], strict=False)
-        return ";".join(f"{name[0]}:{self.signs(s)}" for name, s in said) + "?<think>"
+        said = enumerate(problem["statements"])
+        return ";".join(f"{letter(i)}:{self.signs(s)}" for i, s in said) + "?<think>"
 
     def signs(self, statement: list) -> str:
+        """
+        >>> KnightsAndKnaves().signs(["exactly", 1, ["knight", 0], ["not", ["knave", 1]]])
+        '1(A+,~B-)'
+        """
         kind, *parts = statement
         if kind in ("knight", "knave"):
-            return PEOPLE[parts[0]][0] + ("+" if kind == "knight" else "-")
+            return letter(parts[0]) + ("+" if kind == "knight" else "-")
+        if kind == "exactly":
+            return f"{parts[0]}({','.join(self.signs(part) for part in parts[1:])})"
         inner = [self.signs(part) for part in parts]
         return f"~{inner[0]}" if kind == "not" else f"({self.SIGNS[kind].join(inner)})"
 
-    def words(self, statement: list) -> str:
+    def words(self, statement: list, names: list[str]) -> str:
         kind, *parts = statement
         if kind in ("knight", "knave"):
-            return f"{PEOPLE[parts[0]]} is a {kind}"
-        return self.WORDS[kind].format(*(self.words(part) for part in parts))
+            return f"{names[parts[0]]} is a {kind}"
+        if kind == "exactly":
+            inner = "; ".join(self.words(part, names) for part in parts[1:])
+            return f"exactly {parts[0]} of these are true: {inner}"
+        return self.WORDS[kind].format(*(self.words(part, names) for part in parts))
+
+    def names(self, problem: dict) -> list[str]:
+        return problem.get("names") or PEOPLE[: len(problem["statements"])]
 
     def puzzle(self, problem: dict) -> str:
-        statements = problem["statements"]
-        names = PEOPLE[: len(statements)]
-        said = [f'{n} says: "{self.words(s)}."' for n, s in zip(names, statements, strict=True)]
+        names, said = self.names(problem), []
+        for name, statement in zip(names, problem["statements"], strict=True):
+            said.append(f'{name} says: "{self.words(statement, names)}."')
         return (
             f"There are {len(names)} people: {', '.join(names)}. Each is either a knight, who only "
             "says true things, or a knave, who only says false things. "
@@ -509,17 +535,20 @@ class KnightsAndKnaves:
         )
 
     def question(self, problem: dict) -> str:
-        example = "<answer>Ada: knight; Ben: knave</answer>"
+        first, second = self.names(problem)[:2]
+        example = f"<answer>{first}: knight; {second}: knave</answer>"
         return f"{self.puzzle(problem)} {INSTRUCTION}, for example {example}."
 
     def score(self, text: str, problem: dict, **kw) -> dict:
         """Ada: knight; Ben: knave and A+B- both count; everybody must be named once."""
         answer, [roles] = extract_answer(text), solve_knights(problem["statements"])
         said = (answer or "")[: MAX_ANSWER + 1].replace("knight", "+").replace("knave", "-")
-        for name in PEOPLE:
-            said = said.replace(name, name[0])
+        letters = {name: letter(i) for i, name in enumerate(self.names(problem))}
+        longest_first = sorted(letters, key=len, reverse=True)  # Anna before Ann
+        pattern = "|".join(re.escape(name) for name in longest_first)
+        said = re.sub(pattern, lambda found: letters[found[0]], said)
         said = re.sub(r"[\s,;.:]|\bis an?\b|\band\b", "", said)
-        pairs = re.findall("[A-H][-+]", said)
+        pairs = re.findall("[A-Z][-+]", said)
         right = "".join(sorted(pairs)) == letters_of(roles) and "".join(pairs) == said
         return score(text, answer, right, **kw)
 
@@ -532,16 +561,16 @@ class KnightsAndKnaves:
         text, roles = "", []
         while len(roles) < len(statements):
             roles.append(1)
-            text += f"{PEOPLE[len(roles) - 1][0]}+"
+            text += f"{letter(len(roles) - 1)}+"
             wrong = contradiction(statements, roles)
             while wrong is not None:
-                text += f"!{PEOPLE[wrong][0]}\n"
+                text += f"!{letter(wrong)}\n"
                 while roles and not roles[-1]:
                     roles.pop()
                 if not roles:
                     return text, []
                 roles[-1] = 0
-                text += f"{PEOPLE[len(roles) - 1][0]}-"
+                text += f"{letter(len(roles) - 1)}-"
                 wrong = contradiction(statements, roles)
         return text, roles
 

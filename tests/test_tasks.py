@@ -350,6 +350,44 @@ def test_knights_answers(answer, right):
     assert tasks.KnightsAndKnaves().score(f"</think><answer>{answer}</answer>", PUZZLE)["correct"] == right
 
 
+def test_knights_count_statements():
+    """Kleene's logic by hand: of k, l and m, how many are true once the roles of one, two or three are known."""
+    claims = [["knight", 0], ["knight", 1], ["knave", 2]]
+    for roles, expected in [
+        ([], [0.5, 0.5, 0.5, 0.5]),
+        ([1], [0, 0.5, 0.5, 0.5]),
+        ([1, 0], [0, 0.5, 0.5, 0]),
+        ([1, 0, 0], [0, 0, 1, 0]),
+        ([0, 0, 1], [1, 0, 0, 0]),
+    ]:
+        assert [tasks.truth(["exactly", k, *claims], roles) for k in range(4)] == expected
+    for world in itertools.product((0, 1), repeat=3):
+        both = [tasks.truth([kind, *claims[:2]], world) for kind in ("and", "or")]
+        assert tasks.truth(["exactly", 2, *claims[:2]], world) == both[0]
+        assert tasks.truth(["not", ["exactly", 0, *claims[:2]]], world) == both[1]
+
+
+def test_knights_with_names_of_their_own():
+    """A knight who says that one of two is a knave; names that begin alike, the short form beside them."""
+    said = [["exactly", 1, ["knave", 0], ["knave", 1]], ["knight", 0], ["exactly", 2, ["knight", 0], ["knave", 1]]]
+    task, problem = tasks.KnightsAndKnaves(), {"statements": said, "names": ["Ann", "Anna", "Bea"]}
+    assert tasks.solve_knights(said) == [(0, 0, 0)]
+    assert task.compact(problem) == "A:1(A-,B-);B:A+;C:2(A+,B-)?<think>" == task.compact({"statements": said})
+    puzzle = task.puzzle(problem)
+    assert "3 people: Ann, Anna, Bea." in puzzle and 'Anna says: "Ann is a knight."' in puzzle
+    assert 'Ann says: "exactly 1 of these are true: Ann is a knave; Anna is a knave."' in puzzle
+    assert "Ann: knight; Anna: knave</answer>" in task.question(problem) and "Ada" in task.question(PUZZLE)
+    for answer, right in [
+        ("Ann: knave; Anna: knave; Bea: knave", True),
+        ("Bea is a knave, Anna is a knave and Ann is a knave", True),
+        ("Ann: knave; Anna: knight; Bea: knave", False),
+        ("Ann: knave; Ann: knave; Bea: knave", False),
+        ("Ada: knave; Ben: knave; Cleo: knave", False),
+    ]:
+        assert task.score(f"</think><answer>{answer}</answer>", problem)["correct"] == right
+    assert task.score(task.trace(problem, random.Random(0)), problem)["correct"]
+
+
 ROUTE = {"start": 350, "legs": [[10, 1, 0, 6], [190, 2, 3, 1]], "space": "relative"}
 
 

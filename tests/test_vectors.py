@@ -257,12 +257,12 @@ def test_generalpoints_episodes(case):
 
 @cases("sft_data", "knights_knaves")
 def test_knights_knaves(case):
-    task, problem = tasks.KnightsAndKnaves(), {"statements": case["statements"]}
+    task, problem = tasks.KnightsAndKnaves(), {"statements": case["statements"], "names": case["people"]}
     solutions = [[bool(role) for role in roles] for roles in tasks.solve_knights(case["statements"])]
     check("sft_data", case, solutions, case["solutions"])
     check("sft_data", case, task.puzzle(problem), case["text"])
     thought, roles = task.search(case["statements"])
-    end = "".join(name[0] + "-+"[role] for name, role in zip(tasks.PEOPLE, roles, strict=False)) or "none"
+    end = tasks.letters_of(roles) or "none"
     check("sft_data", case, f"{thought}={end}".replace("\n", ""), case["compact_trace"])
     if case["well_posed"]:
         for answer in (case["answer"], end):
