@@ -1,7 +1,7 @@
-"""Write the results into README.md and docs/results.md from docs/results/*.json, so that no number is typed by hand.
+"""Write docs/results.md from docs/results/*.json, so that no number is typed by hand.
 
-    python docs/results.py             README.md: one line for each claim; docs/results.md: every value
-    python docs/results.py --check     changes nothing; exit code 1 if one of the two pages is out of date
+    python docs/results.py             a table with a line for each claim, then every value
+    python docs/results.py --check     changes nothing; exit code 1 if the page is out of date
 
 A file is one experiment: the script, its commands (S is the seed), `values` with one number for each seed under a name,
 and `claims`, comparisons of these names. A claim is evaluated for each seed and on the means over the seeds; it is held
@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER, PAGE, README = ROOT / "docs" / "results", ROOT / "docs" / "results.md", ROOT / "README.md"
-BEGIN, END = "<!-- results: written by python docs/results.py -->", "<!-- end of results -->"
-ORDER = "grpo ppo nsr coconut recurrent_depth budget_forcing specreason sft".split()  # of the README
+FOLDER = ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "results.md"
+ORDER = "grpo ppo nsr coconut recurrent_depth budget_forcing specreason sft".split()  # of the page
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 OPERATORS |= {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq}
@@ -118,34 +118,27 @@ def minutes(about: dict) -> str:
 
 
 def table(experiments: dict[str, dict]) -> str:
-    """The README's part: a line for each claim; what belongs to the whole experiment stands on its first line."""
-    head = "| experiment | claim | measured | held | command | minutes, machine |"
-    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    """A line for each claim; the name of its experiment on the first, with a link to its values."""
+    lines = ["| experiment | claim | measured | held |", "|---|---|---|---|"]
     for name, about in experiments.items():
-        link, seeds = f"[{name}](docs/results.md#{name})", "S = " + ", ".join(map(str, about["seeds"]))
-        commands = "<br>".join([f"`{command}`" for command in about["commands"]] + [seeds])
-        if len(commands) > 400:
-            commands = f"[{len(about['commands'])} commands](docs/results.md#{name})<br>{seeds}"
-        machine = f"{minutes(about)}, {about['machine']}"
+        link = f"[{name}](#{name})"
         for claim in about["claims"]:
-            cells = link, f"`{claim}`", measured(claim, about), verdict(claim, about), commands, machine
+            cells = link, f"`{claim}`", measured(claim, about), verdict(claim, about)
             lines.append(f"| {' | '.join(cells)} |")
-            link = commands = machine = ""
+            link = ""
     return "\n".join(lines)
 
 
 def page(experiments: dict[str, dict]) -> str:
-    """docs/results.md: every value of every experiment."""
+    """docs/results.md: the claims of all experiments, then every value of each."""
     found = "# Results\n\nWritten by `python docs/results.py` from the files in docs/results/: do not edit.\n"
+    found += "\nA claim is an inequality, evaluated for each seed and on the mean over the seeds.\n"
+    found += f"\n{table(experiments)}\n"
     for name, about in experiments.items():
         versions = ", ".join(f"{key} {value}" for key, value in about["versions"].items())
         found += f"\n## {name}\n\n" + "".join(f"    {command}\n" for command in about["commands"])
         found += f"\n{about['script']}; minutes a seed: {minutes(about)}, {about['machine']}; {versions}; "
         found += f"commit {about['commit']}. {about.get('note', '')}".strip() + "\n"
-        if about["claims"]:
-            found += "\n| claim | measured | held |\n|---|---|---|\n"
-            for claim in about["claims"]:
-                found += f"| `{claim}` | {measured(claim, about)} | {verdict(claim, about)} |\n"
         heads = [f"seed {seed}" for seed in about["seeds"]] + ["mean"] * (len(about["seeds"]) > 1)
         found += f"\n| value | {' | '.join(heads)} |\n" + "|" + "---|" * (1 + len(heads)) + "\n"
         for value, numbers in about["values"].items():
@@ -155,19 +148,10 @@ def page(experiments: dict[str, dict]) -> str:
 
 
 def all_results() -> dict[str, dict]:
-    """name -> experiment, in the order of the README, then by name."""
+    """name -> experiment, in the order of the scripts, then by name."""
     found = {path.stem: load(path) for path in sorted(FOLDER.glob("*.json"))}
     place = {f"{script}.py": i for i, script in enumerate(ORDER)}
     return dict(sorted(found.items(), key=lambda item: (place.get(item[1]["script"], len(ORDER)), item[0])))
-
-
-def pages() -> dict[Path, str]:
-    """The two pages as they should be. Raises ValueError for a file or a claim that cannot be read."""
-    experiments, text = all_results(), README.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README.md: the lines {BEGIN} and {END} are needed, once each")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return {README: f"{before}{BEGIN}\n{table(experiments)}\n{END}{after}", PAGE: page(experiments)}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -178,20 +162,20 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, stale = arguments(argv), 0
+    args = arguments(argv)
     try:
-        wanted = pages()
+        text = page(all_results())
     except (ValueError, ArithmeticError, OSError) as error:
         print(f"results.py: error: {error}", file=sys.stderr)
         return 2
-    for path, text in wanted.items():
-        name = path.relative_to(ROOT)
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            stale += 1
-            print(f"{name} is out of date: run python docs/results.py" if args.check else f"wrote {name}")
-            if not args.check:
-                path.write_text(text, encoding="utf-8", newline="\n")
-    return int(args.check and stale > 0)
+    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
+        return 0
+    if args.check:
+        print("docs/results.md is out of date: run python docs/results.py")
+        return 1
+    PAGE.write_text(text, encoding="utf-8", newline="\n")
+    print("wrote docs/results.md")
+    return 0
 
 
 if __name__ == "__main__":
