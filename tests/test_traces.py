@@ -4,9 +4,7 @@ import json
 import os
 import random
 import re
-import shlex
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -415,57 +413,3 @@ def test_bad_input_is_one_line(tool, cwd, capfd, flags):
         code, lines, said = left.code, [], capfd.readouterr().err
     assert (code, lines) == (2, []) and BAD[flags] in said
     assert said.count("\n") == 1 and said.startswith("traces.py: error: ")
-
-
-# ------------------------------------------------------------- every documented command
-
-PAGES = [*sorted(ROOT.glob("docs/*.md")), ROOT / "models" / "README.md"]
-PAGES.remove(ROOT / "docs" / "results.md")  # written from docs/results/*.json
-# a shell that runs nothing: python and torchrun write down their words
-SHELL = """
-python() { printf '%q ' "$@" >> commands; echo >> commands; }
-torchrun() { python "${@:3}"; }
-cat() { :; }; head() { :; }; awk() { :; }; last() { echo tiny; }
-"""
-SHELL_LINE = re.compile(r"(python|torchrun|for|done|head|\(awk)\b|\w+=")
-
-
-def page_commands(path: Path, folder: Path) -> list[list[str]]:
-    """The commands that a shell would run for the indented blocks of a page."""
-    lines = re.findall(r"^    +(.*)$", path.read_text("utf-8"), re.MULTILINE)
-    shell = SHELL + "\n".join(line for line in lines if SHELL_LINE.match(line))
-    (folder / "out").mkdir()
-    done = subprocess.run(["bash", "-c", shell], cwd=folder, capture_output=True, text=True)
-    assert done.stderr == "", done.stderr
-    log = folder / "commands"
-    return [shlex.split(x) for x in log.read_text("utf-8").splitlines()] if log.exists() else []
-
-
-def parse(words: list[str]) -> str:
-    """Which of the two it is, or another command; complains as the program would."""
-    script, argv = words[0], words[1:]
-    if script == "more/traces.py":
-        cfg = traces.make_parser().parse_args(argv)
-        traces.check_flags(cfg)
-        rewards.make_task(cfg.task)
-    elif script == "sft.py" and "--resume" not in argv:
-        cfg = sft.parse_config(sft.Config, argv)
-        sft.check_flags(cfg)
-        rewards.make_task(cfg.task)
-    return script
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_commands_of_pages_parse(path, tmp_path, cwd):
-    scripts = [parse(words) for words in page_commands(path, tmp_path)]
-    least = {"sft_experiments.md": (30, 50), "README.md": (3, 5)}.get(path.name, (0, 0))
-    assert scripts.count("more/traces.py") >= least[0] and scripts.count("sft.py") >= least[1]
-
-
-def test_commands_of_results_parse(cwd):
-    scripts = []
-    for path in sorted(ROOT.glob("docs/results/*.json")):
-        for line in json.loads(path.read_text("utf-8"))["commands"]:
-            words = shlex.split(re.sub(r"\bS\b", "7", line))
-            scripts.append(parse(words[1:] if words[0] == "python" else words))
-    assert scripts.count("more/traces.py") >= 20 and scripts.count("sft.py") >= 30
