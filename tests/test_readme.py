@@ -2,6 +2,7 @@
 
 import doctest
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -213,7 +214,9 @@ def test_the_verifier_agrees_with_its_table():
 
 
 def test_data_lines_are_read(tmp_path):
-    """The example of a line for each task with a file."""
+    """The example of a line for each task with a file, and of each form of a conversation."""
+    chats = re.findall(r'\| `(\{"\w+": \[\{.*\})` \|$', TEXTS["docs/tasks.md"], re.M)
+    assert [len(rewards.read_chat(json.loads(chat))) for chat in chats] == [2, 2, 2]
     rows = r"^\| `--task (\w+) --data FILE` \| `(.*)` \|$"
     lines = re.findall(rows, TEXTS["docs/tasks.md"], re.M)
     assert [name for name, _ in lines] == ["gsm8k", "math"]
