@@ -432,11 +432,13 @@ def test_tool_and_script_write_the_same(small, cwd, capfd):
 
 
 def test_report_draws_the_tools_run(small, cwd, capfd):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install matplotlib")
     assert start(tool, small, capfd, "--out a").code == 0
-    load("report", ROOT / "docs/report.py").main(["a"])
-    page = (cwd / "a/report.html").read_text(encoding="utf-8")
-    assert page.count('class="panels one"') == 2
-    assert "budgets below" in page and "extended, or k samples" in page
+    show = [f"thinking_tokens/*/{side}:sampled/*/{side}" for side in ("cap", "wait")]
+    report = load("report", ROOT / "docs/report.py")
+    report.main(["a", "--out", "a.svg", "--show", ",".join(show)])
+    picture = (cwd / "a.svg").read_text(encoding="utf-8")
+    assert all(f"thinking_tokens/*/{side} (tokens)" in picture for side in ("cap", "wait"))
 
 
 def test_a_length_needs_words(small, cwd, capfd):
