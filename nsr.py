@@ -43,7 +43,7 @@ Run
         --no-decay --aggregation token --kl_coef 0.001 --format_weight 0 --eval_problems 100 \
         --eval_samples 256 --out out/grpo
     python docs/report.py out/psr out/nsr out/w-reinforce out/reinforce out/grpo \
-        --out out/passk.html
+        --html out/passk.html
     At equal optimizer_steps: --save_every 1 --keep 0, then
     --steps 0 --model out/psr/step-000032
 
