@@ -1,8 +1,11 @@
-"""more/traces.py: selection as the references do it, damage, what is kept; every documented command."""
+"""more/traces.py: selection as the references do it, damage, what is kept; its command line.
 
+The commands of the pages are in test_readme.py.
+"""
+
+import doctest
 import json
 import os
-import random
 import re
 import signal
 import sys
@@ -11,7 +14,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from conftest import ThreadRanks, nothing
+from conftest import ThreadRanks, lines_of, nothing
+from test_rewards import write
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "more")]
@@ -28,8 +32,6 @@ SELECTION = VECTORS.get("selection", {"s1": None, "s1_length_weights": [], "limo
 
 
 def test_doctests():
-    import doctest
-
     result = doctest.testmod(traces)
     assert result.attempted and not result.failed
 
@@ -52,33 +54,23 @@ class Turns:
         return [population[0]]
 
 
-def s1_items() -> list[dict]:
-    """The pool of the vectors in our fields."""
-    items = []
-    for item in SELECTION["s1"]["items"]:
-        ours = {
-            "correct": item["teacher_correct"],
-            "weak": item["small_correct"] + item["large_correct"],
-            "format": float(not (item["api_error"] or item["bad_format"])),
-        }
-        items.append(item | ours)
-    return items
-
-
 @pytest.mark.skipif(not SELECTION["s1"], reason="no vectors")
 def test_s1_equals_the_reference():
-    case, items = SELECTION["s1"], s1_items()
+    """The whole, then each filter alone: every item that is left when nothing limits the number."""
+    case, items = SELECTION["s1"], []
+    for item in SELECTION["s1"]["items"]:
+        weak = item["small_correct"] + item["large_correct"]
+        layout = float(not (item["api_error"] or item["bad_format"]))
+        items.append(item | {"correct": item["teacher_correct"], "weak": weak, "format": layout})
     chosen = traces.s1_select(items, case["target_size"], Turns(), case["tau"])
     assert [item["id"] for item in chosen] == case["selected_in_order"]
-    assert [item["id"] for item in traces.s1_select(items, 1, Turns())] == case["preselected"][:1]
-    everything = {item["id"] for item in traces.s1_select(items, 1000, Random(0))}
-    assert everything == set(case["after_difficulty"])
-    easy = [item | {"weak": 0} for item in items]
-    kept = {item["id"] for item in traces.s1_select(easy, 1000, Random(0))}
-    assert kept == set(case["after_format"])
-    clean = [item | {"format": 1.0} for item in easy]
-    kept = {item["id"] for item in traces.s1_select(clean, 1000, Random(0))}
-    assert kept == set(case["after_api_errors"])
+    assert traces.s1_select(items, 1, Turns())[0]["id"] == case["preselected"][0]
+
+    def left(**same):
+        return {item["id"] for item in traces.s1_select([x | same for x in items], 1000, Random(0))}
+
+    assert left() == set(case["after_difficulty"]) and left(weak=0) == set(case["after_format"])
+    assert left(weak=0, format=1.0) == set(case["after_api_errors"])
 
 
 @pytest.mark.parametrize("case", SELECTION["s1_length_weights"])
@@ -92,18 +84,6 @@ def test_s1_length_weights(case):
     assert [w / total for w in turns.weights[0]] == pytest.approx(expected, rel=1e-9)
 
 
-def test_s1_draws_by_seed():
-    items = [{"id": i, "length": i % 50, "domain": str(i % 4)} for i in range(200)]
-    draws = []
-    for seed in (0, 0, 1):
-        draws.append([item["id"] for item in traces.s1_select(items, 40, Random(seed))])
-    assert draws[0] == draws[1] != draws[2] and len(set(draws[0])) == 40
-    lengths = [items[i]["length"] for i in draws[0]]
-    assert sum(lengths) / 40 > 35  # the longer the likelier: the mean of all is 24.5
-    shares = [sum(items[i]["domain"] == d for i in draws[0]) for d in "0123"]
-    assert min(shares) >= 4
-
-
 @pytest.mark.skipif(not SELECTION["limo"], reason="no vectors")
 def test_limo_equals_the_reference():
     """The counts of the vectors as texts with so many of the words."""
@@ -111,17 +91,9 @@ def test_limo_equals_the_reference():
     for question in case["questions"]:
         for number, c in enumerate(question["candidates"]):
             text = "check " * c["verify"] + "perhaps " * c["tentative"] + "since " * c["connective"]
-            items.append(
-                {
-                    "prompt": question["id"],
-                    "number": number,
-                    "completion": text,
-                    "length": c["n_words"],
-                    "weak": question["weak_correct_of_4"],
-                    "solved": question["strong_correct_of_32"],
-                    "attempts": 32,
-                }
-            )
+            item = {"prompt": question["id"], "number": number, "completion": text, "attempts": 32}
+            item |= {"length": c["n_words"], "weak": question["weak_correct_of_4"]}
+            items.append(item | {"solved": question["strong_correct_of_32"]})
     kept = [item for item in items if item["prompt"] in case["after_fine"]]
     expected = [score for number in case["after_fine"] for score in case["scores"][str(number)]]
     assert traces.limo_scores(kept) == pytest.approx(expected, rel=1e-9)
@@ -129,16 +101,7 @@ def test_limo_equals_the_reference():
     prompts = [item["prompt"] for item in chosen]
     assert prompts == case["selected"] == case["ranking"][: case["keep"]]
     assert all(item["number"] == case["best_candidate"][str(item["prompt"])] for item in chosen)
-    assert traces.limo_select([], 3) == []
-
-
-def test_random_and_longest():
-    items = [{"length": length} for length in (3, 9, 1, 9, 5)]
-    assert traces.select(items, "longest", 3, None) == [items[1], items[3], items[4]]
-    drawn = traces.select(items, "random", 4, Random(0))
-    assert len(drawn) == 4 and all(item in items for item in drawn)
-    assert drawn == traces.select(items, "random", 4, Random(0))
-    assert len(traces.select(items, "random", 9, Random(0))) == 5
+    assert traces.limo_select([], 3) == traces.limo_select([items[0] | {"weak": 1}], 3) == []
 
 
 def test_decontaminated():
@@ -148,7 +111,7 @@ def test_decontaminated():
     held = [template + f"what is the sum of {n} and two times seven" for n in numbers]
     items = [{"prompt": template + "name the capital of a country that you like"}]
     items += [{"prompt": "Tell me: what is the SUM, of three and two times seven"}]
-    items += [{"prompt": "Now what is the sum of three and two times seven, please?"}]
+    items += [{"prompt": "Now What is the SUM of three and two times seven, please?"}]
     assert traces.decontaminated(items, held, 8) == items[:2]  # a comma is a word
     assert traces.decontaminated(items, held, 4) == items[:1]
     short = [{"prompt": "a b"}, {"prompt": "a b c"}]
@@ -160,20 +123,18 @@ def test_decontaminated():
 
 def completion(text: str, correct: bool, finished=True, layout=1.0, **score):
     score |= {"format": layout, "answer": "", "correct": correct, "total": float(correct)}
-    tokens = [5] * len(text)
-    return rewards.Completion(0, {}, [1], tokens, [0.0] * len(text), finished, text, score)
+    return rewards.Completion(0, {}, [1], [5] * len(text), [], finished, text, score)
 
 
 def test_kept():
     """Right, finished, in the layout, in one notation, each once; a cap; all; the shortest."""
-    good, longer = completion("aa", True), completion("aaaa", True)
-    bad = [completion("b", False), completion("c", True, False), completion("d", True, layout=0.0)]
-    mixed = completion("e", True, mixed=True)
-    answers = [longer, *bad, good, completion("aa", True), mixed]
 
     def texts(group, *how):
         return [c.text for c in traces.keep_right(group, *how)]
 
+    bad = [completion("b", False), completion("c", True, False), completion("d", True, layout=0.0)]
+    good = [completion("aaaa", True), completion("aa", True), completion("aa", True)]
+    answers = [*good[:1], *bad, *good[1:], completion("e", True, mixed=True)]
     assert texts(answers, "correct", 0) == ["aaaa", "aa"]
     assert texts(answers, "all", 0) == ["aaaa", "b", "d", "aa", "e"]
     assert texts(answers, "shortest", 0) == ["aa", "aaaa"]
@@ -183,39 +144,37 @@ def test_kept():
     assert texts(right, "shortest", 1) == ["x"]
     assert texts(right + wrong, "shortest", 1) == ["xxx"]  # half of them right
     assert texts(right + 7 * wrong, "shortest", 1) == ["xxxx"]  # an eighth
-    assert texts(wrong, "shortest", 2) == texts(wrong, "correct", 0) == []
+    assert texts(wrong, "shortest", 2) == []
 
 
 # ------------------------------------------------------------------------------ edits
 
 TRACE = "1+2=3>2\n2-1=1<2\n2*1=2=2\n</think><answer>2*1-0</answer>"
-LINES = TRACE.splitlines(True)[:3]
+THOUGHT, TAG, ANSWER = TRACE.partition("</think>")
+LINES = THOUGHT.splitlines()
 
 
-@pytest.mark.parametrize(
-    "rule, check",
-    [
-        ("shuffle:1", lambda lines, end: sorted(lines) == sorted(LINES) and end in TRACE),
-        ("delete:.67", lambda lines, end: len(lines) == 1 and lines[0] in TRACE and end in TRACE),
-        ("delete:1", lambda lines, end: not lines and end in TRACE),
-        ("insert:0.67", lambda lines, end: lines.count("other\n") == 2 and len(lines) == 5),
-        ("digits:1", lambda lines, end: [re.sub("[0-9]", "", x) for x in lines] == NO_DIGITS),
-        ("answer:1", lambda lines, end: lines == LINES and end == "</think><answer>3*2+1</answer>"),
-    ],
-)
-def test_perturbed(rule, check):
-    def damaged():
-        return [traces.perturbed(TRACE, rule, Random(s), "other\n</think>z") for s in range(20)]
+def test_perturbed():
+    """Each rule damages what it names and leaves the rest; the same generator, the same damage."""
 
-    texts = damaged()
-    for text in texts:
-        thought, tag, answer = text.partition("</think>")
-        assert check(thought.splitlines(keepends=True), tag + answer), text
-    assert texts == damaged()
-    assert (len(set(texts)) > 1) == (rule not in ("delete:1", "answer:1"))
+    def damaged(rule):
+        texts = [traces.perturbed(TRACE, rule, Random(s), "other\n</think>z") for s in range(20)]
+        assert texts[0] == traces.perturbed(TRACE, rule, Random(0), "other\n</think>z")
+        parts = [text.partition("</think>") for text in texts]
+        return [thought.splitlines() for thought, *_ in parts], {answer for *_, answer in parts}
 
-
-NO_DIGITS = ["+=>\n", "-=<\n", "*==\n"]
+    thoughts, answers = damaged("shuffle:1")
+    assert all(sorted(lines) == sorted(LINES) for lines in thoughts) and answers == {ANSWER}
+    assert len({*map(tuple, thoughts)}) > 1
+    thoughts, answers = damaged("delete:.67")
+    assert {*map(tuple, thoughts)} == {(line,) for line in LINES} and answers == {ANSWER}
+    assert damaged("delete:1") == ([[]] * 20, {ANSWER})
+    thoughts, answers = damaged("insert:0.67")
+    assert all(lines.count("other") == 2 and len(lines) == 5 for lines in thoughts)
+    thoughts, answers = damaged("digits:1")
+    assert {re.sub("[0-9]", "", "".join(lines)) for lines in thoughts} == {"+=>-=<*=="}
+    assert len({*map(tuple, thoughts)}) > 1 and answers == {ANSWER}
+    assert damaged("answer:1") == ([LINES] * 20, {"<answer>3*2+1</answer>"})
 
 
 def test_perturbed_by_share():
@@ -224,22 +183,13 @@ def test_perturbed_by_share():
     digits = [traces.perturbed(TRACE, "digits:0.5", Random(seed)) for seed in range(500)]
     changed = sum(a != b for text in digits for a, b in zip(text, TRACE, strict=True))
     assert 0.4 < changed / 500 / 12 < 0.5  # a tenth of those drawn anew stays the same
-    for rule in ("mix:0.5", "shuffle", "shuffle:2", "shuffle:x", ":0.5"):
+    for rule in ("mix:0.5", "shuffle", "shuffle:2", ":0.5"):
         with pytest.raises(BadInput, match="--perturb .*shuffle, delete, insert, digits, answer"):
-            traces.perturbed(TRACE, rule, random.Random(0))
-
-
-def test_shortened():
-    assert traces.shortened(TRACE, "long") == TRACE
-    assert traces.shortened(TRACE, "short") == "2*1=2=2\n</think><answer>2*1-0</answer>"
-    assert traces.shortened(TRACE, "none") == "</think><answer>2*1-0</answer>"
-    assert traces.shortened("</think>x", "short") == "</think>x"
+            traces.perturbed(TRACE, rule, Random(0))
 
 
 def test_edit():
     lines = [{"prompt": str(i), "completion": f"{i}\n</think>{i}"} for i in range(3)]
-    cut = traces.edit(lines, "none", "", 0)
-    assert cut == [{"prompt": str(i), "completion": f"</think>{i}"} for i in range(3)]
     inserted = traces.edit(lines, "long", "insert:1", 0)
     assert [line["completion"][:4] for line in inserted] == ["1\n0\n", "2\n1\n", "0\n2\n"]
     with pytest.raises(BadInput, match="line 4: .* need a completion with </think>"):
@@ -247,11 +197,6 @@ def test_edit():
 
 
 # --------------------------------------------------------------------------- the tool
-
-
-def write(path: Path, lines: list) -> str:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    return str(path)
 
 
 @pytest.fixture
@@ -262,8 +207,7 @@ def tool(cwd, small, capfd):
         out = cwd / f"out-{len(list(cwd.glob('out-*')))}.jsonl"
         capfd.readouterr()
         code = traces.main(["--model", str(model), "--out", str(out), *flags.split()])
-        lines = out.read_text("utf-8").splitlines() if out.exists() else []
-        return code, [json.loads(line) for line in lines], "".join(capfd.readouterr())
+        return code, lines_of(out) if out.exists() else [], "".join(capfd.readouterr())
 
     return tool
 
@@ -273,23 +217,13 @@ def test_traces_are_those_that_sft_learns(tool, small):
     code, plain, _ = tool("--traces 5")
     prompter = sft.Prompter(sft.load_model(small), rewards.make_task("countdown"), chat=False)
     assert (code, plain) == (0, [sft.trace_example(prompter, 0, i) for i in range(5)])
-    edited = {}
-    for flags in ("--cot none", "--perturb digits:1", "--perturb answer:1", "--perturb insert:1"):
-        code, lines, _ = tool(f"--traces 5 {flags}")
-        assert code == 0 and lines == tool(f"--traces 5 {flags}")[1] != plain
-        assert [line["prompt"] for line in lines] == [line["prompt"] for line in plain]
-        edited[flags] = [line["completion"] for line in lines]
-
-    def answers(texts):
-        return [text.partition("</think>")[2] for text in texts]
-
-    plain_texts = [line["completion"] for line in plain]
-    assert edited["--cot none"] == ["</think>" + answer for answer in answers(plain_texts)]
-    assert answers(edited["--perturb digits:1"]) == answers(plain_texts)
-    assert not set(answers(edited["--perturb answer:1"])) & set(answers(plain_texts))
-    for text, before in zip(edited["--perturb insert:1"], plain_texts, strict=True):
-        assert text.count("\n") == 2 * before.count("\n")
     assert tool("--traces 5 --seed 1")[1] != plain
+    code, lines, _ = tool("--traces 5 --cot none")
+    for line, whole in zip(lines, plain, strict=True):
+        answer = whole["completion"].partition("</think>")[2]
+        assert line == whole | {"completion": "</think>" + answer}
+    code, lines, _ = tool("--traces 5 --perturb digits:1")
+    assert code == 0 and lines == tool("--traces 5 --perturb digits:1")[1] != plain
 
 
 def test_lines_are_selected(tool, tmp_path):
@@ -303,6 +237,7 @@ def test_lines_are_selected(tool, tmp_path):
         return [line["id"] for line in chosen]
 
     assert ids("--select longest:3") == [8, 7, 6]
+    assert len(ids("--select random:4")) == 4 and len(ids("--select random:9")) == 8
     assert ids("--select longest:3 --max_length 10") == [6, 5, 4]  # 2 + 6 + </think> + end
     solved = [{"prompt": f"{i}=", "correct": i > 2} for i in range(1, 9)]
     weak = write(tmp_path / "w1.jsonl", solved)
@@ -329,10 +264,11 @@ def test_sampled_lines(tool, small, tmp_path, monkeypatch):
     task = rewards.make_task("countdown")
     prompts = [task.compact(task.problem("train", 0, i)) for i in range(3)]
     assert code == 0 and [line["prompt"] for line in lines] == prompts
-    for line in lines:
-        assert (line["attempts"], line["solved"], line["correct"]) == (2, 0, False)
+    first = lines[0]
+    assert (first["attempts"], first["solved"], first["correct"]) == (2, 0, False)
     assert "3 of 3 problems: accuracy 0.000, completion_length 8, kept 3" in said
-    assert tool(flags)[1] == lines != tool(flags + " --seed 1")[1]
+    other = [line["prompt"] for line in tool(flags + " --seed 1")[1]]
+    assert other == [task.compact(task.problem("train", 1, i)) for i in range(3)]
     learn = ["--model", str(small), "--data", write(tmp_path / "a.jsonl", lines), "--steps", "1"]
     learn += ["--batch_size", "2", "--eval_problems", "0", "--out", str(tmp_path / "run")]
     assert sft.main(sft.train, sft.Config, learn) == 0
@@ -365,7 +301,7 @@ def test_two_ranks_write_what_one_writes(tool, small, tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert codes == [0, 0]
-    assert [json.loads(line) for line in out.read_text("utf-8").splitlines()] == alone
+    assert lines_of(out) == alone
 
 
 def test_ctrl_c_writes_what_there_is(tool, monkeypatch):
@@ -383,19 +319,16 @@ def test_ctrl_c_writes_what_there_is(tool, monkeypatch):
 
 BAD = {
     "": "one of the arguments --sample --traces --data is required",
-    "--sample 2 --traces 2": "not allowed with",
     "--sample 2 --pertub x": "unrecognized arguments: --pertub",
     "--traces 2 --keep all": "--keep and --cap need --sample",
-    "--traces 2 --perturb mix:1": "--perturb mix:1: one of shuffle",
+    "--traces 2 --perturb mix:1 --model missing": "--perturb mix:1: one of shuffle",
     "--traces 2 --select s1": "--select s1: one of random",
     "--traces 2 --select s1:0": "--select s1:0: one of random",
     "--traces 2 --select random:1 --weak a": "--weak needs --select s1 or limo",
     "--traces -1": "--traces -1 is below 0",
     "--sample 1 --attempts 0": "--attempts 0 is below 1",
     "--traces 2 --temperature nan": "--temperature nan",
-    "--traces 2 --task gsm8k": "gsm8k and math read a file",
     "--traces 2 --out .": "--out . is there already",
-    "--data missing.jsonl": "cannot read the data file missing.jsonl",
     "--data bad.jsonl": "bad.jsonl, line 2: prompt and completion are needed",
     "--data good.jsonl --select s1:1 --weak good.jsonl": "good.jsonl, line 1: KeyError",
     "--data good.jsonl --cot none": "line 1: --cot and --perturb need a completion",
