@@ -177,9 +177,11 @@ def test_bad_knobs(spec):
 
 
 def test_countdown_attempts_are_all_ways_in_range_step_by_step():
+    assert list(tasks.operations("2+3*4")) == [("3*4", "2+12"), ("2+12", "14")]
+    assert [left for _, left in tasks.operations("2*3+12*3")] == ["6+12*3", "6+36", "42"]
+    assert [left for _, left in tasks.operations("9-4+2")] == ["5+2", "7"]
     assert tasks.countdown_attempts((2, 3), "*", 5) == []  # 6 is above the limit
     attempts = tasks.countdown_attempts((2, 3, 4), "+-*/", 99)
-    assert (14, "3*4", "2+3*4=2+12=14") in attempts  # the product first
     assert (3, "3-2", "4-(3-2)=4-1=3") in attempts and (6, "4/2", "4/2*3=2*3=6") in attempts
     chains = [chain for _, _, chain in tasks.countdown_attempts((5, 10, 10), "+-*/", 99)]
     assert not any("10*10" in chain for chain in chains)
