@@ -936,8 +936,9 @@ def equal_values(gold: str, pred: str, seconds: list[float]) -> bool:
     if re.fullmatch(PLAIN_WORDS, gold) or re.fullmatch(PLAIN_WORDS, pred):  # no products
         return gold.strip('"').lower() == pred.strip('"').lower()
     (gold, unit), (pred, other_unit) = split_unit(gold), split_unit(pred)
-    percent = gold.endswith("%") - pred.endswith("%")
-    if (unit and other_unit and unit != other_unit) or (percent and (unit or other_unit)):
+    share, other_share = gold.endswith("%"), pred.endswith("%")
+    one_share = share != other_share
+    if (unit and other_unit and unit != other_unit) or (one_share and (unit or other_unit)):
         return False
     try:
         left, right = (to_postfix(math_tokens(side.removesuffix("%"))) for side in (gold, pred))
@@ -946,11 +947,11 @@ def equal_values(gold: str, pred: str, seconds: list[float]) -> bool:
     try:
         x, y = (evaluate(side, RATIONAL, Fraction) for side in (left, right))
     except (ValueError, ZeroDivisionError):  # a root, a symbol, pi
-        return percent == 0 and symbolic_equal(left, right, seconds)
-    share, number = (x, y) if percent >= 0 else (y, x)
-    if percent and share == 100 * number:
-        return True
-    return x == y and (not percent or abs(number) >= 1)  # MATH drops the sign; 1/2% is not 1/2
+        return not one_share and symbolic_equal(left, right, seconds)
+    if not one_share:
+        return x == y
+    percent, number = (x, y) if share else (y, x)  # MATH drops the sign, but 1/2% is not 1/2
+    return percent == 100 * number or (x == y and abs(number) >= 1)
 
 
 # Cleaning. One sign stands for a LaTeX command: ∨ or, ∪ union, ∈ in, ± and ∓, ¤ dollar, relations;
