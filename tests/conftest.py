@@ -137,6 +137,13 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def vectors(name: str) -> dict:
+    """Numbers from reference implementations: tests/vectors, or the folder that VECTORS names."""
+    path = Path(os.environ.get("VECTORS") or ROOT / "tests" / "vectors") / f"{name}.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content.get("sections", content)
+
+
 def metrics_of(folder: Path, evaluations: bool = False) -> list[dict]:
     """The lines of metrics.jsonl, without times: of the training steps, or of the evaluations."""
     timed = re.compile(r"(eval/)?(seconds|speedup)|.*_per_s")
