@@ -1,27 +1,19 @@
-"""grpo.py's own functions: the reference's numbers, cases worked out by hand, invariances."""
+"""grpo.py's own functions: the reference's numbers (vectors/grpo.json), invariances, sampling."""
 
 import copy
-import json
-import math
 import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FakeRun, eight_answers
+from conftest import FakeRun, eight_answers, vectors
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import grpo  # noqa: E402
+import grpo
 
-FOLDER = Path(os.environ.get("VECTORS") or Path(__file__).parent / "vectors")
-FILE = FOLDER / "grpo.json"
-VECTORS = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
+VECTORS = vectors("grpo")
 NAMES = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}  # TRL's names and ours
 LOSSES = [(c, r) for c in VECTORS.get("grpo_loss", []) for r in c["results"]]
 LOSSES = [(c, r) for c, r in LOSSES if r["loss_type"] in NAMES]
-TINY = Path(grpo.__file__).parent / "models" / "tiny"
 
 
 def exact(numbers) -> torch.Tensor:
@@ -36,8 +28,12 @@ def close(ours, expected, tolerance=1e-9) -> bool:
     return torch.allclose(ours, expected, rtol=0, atol=tolerance)
 
 
+def test_vectors_are_there():
+    assert "VECTORS" in os.environ or len(LOSSES) >= 40
+
+
 @pytest.mark.parametrize("case", VECTORS.get("grpo_advantages", []), ids=lambda c: c["id"])
-def test_advantages_equal_the_reference(case):
+def test_eq1_advantages_equal_the_reference(case):
     rewards, size = exact(case["rewards"]).flatten(), len(case["rewards"][0])
     names = {"group": "trl_group", "batch": "trl_batch", "none": "trl_none_dr_grpo"}
     for scale, name in names.items():
@@ -46,104 +42,46 @@ def test_advantages_equal_the_reference(case):
     assert close(ours, exact(case["sample_std_eps1e-8 (oat grpo, tiny-grpo)"]))
 
 
+def test_eq1_equal_rewards_give_exactly_zero():
+    rewards = torch.full((8,), 0.1)  # their std need not be 0, and eps 1e-8 would magnify it
+    assert grpo.group_advantages(rewards, 8, "group", eps=1e-8).tolist() == [0.0] * 8
+    with pytest.raises(ValueError, match="8 rewards"):
+        grpo.group_advantages(rewards, 3)
+
+
 @pytest.mark.parametrize("case, result", LOSSES, ids=lambda x: x.get("id") or x["loss_type"])
-@pytest.mark.parametrize("split", [0, 2], ids=["whole", "micro-batches"])
-def test_loss_and_gradient_equal_the_reference(case, result, split):
-    """The batch, and the sum over micro-batches of two rows, turned round, to 1e-9 in float64."""
+def test_eq2_to_eq4_loss_and_gradient_equal_the_reference(case, result):
+    """As the sum over micro-batches of two rows, turned round."""
     lengths, masked = case["lengths"], set(case["masked_out_rows"])
     logprobs = padded(case["logps"]).requires_grad_()
     old = padded(case["old_logps"]) if case["old_logps"] else logprobs.detach()
-    ref = padded(case["ref_logps"]) if result["beta"] else None
     mask = padded([[float(i not in masked)] * n for i, n in enumerate(lengths)])
-    rewards, limit = exact(case["rewards"]).flatten(), case["max_completion_length"]
+    rewards = exact(case["rewards"]).flatten()
     advantages = grpo.group_advantages(rewards, case["group_size"], case["scale_rewards"])
     assert close(advantages, exact(case["advantages"]))
-    rows, loss, totals = list(range(len(lengths))), 0.0, {}
-    counts = NAMES[result["loss_type"]], int(mask.sum()), len(rows), limit
-    options = {
-        "clip_low": case["eps_low"],
-        "clip_high": case["eps_high"],
-        "kl_coef": result["beta"],
-    }
-    parts = [rows[i : i + split] for i in range(0, len(rows), split)][::-1] if split else [rows]
-    for part in parts:
-        options["ref_logprobs"] = None if ref is None else ref[part]
-        weights = grpo.token_weights(mask[part], *counts)
-        part_loss, seen = grpo.policy_loss(
-            logprobs[part], old[part], advantages[part], weights, **options
-        )
-        loss = loss + part_loss
+    counts = int(mask.sum()), len(lengths), case["max_completion_length"]
+    clip = case["eps_low"], case["eps_high"], result["beta"]
+    loss, totals = 0.0, {}
+    for rows in torch.arange(len(lengths)).split(2)[::-1]:
+        ref = padded(case["ref_logps"])[rows] if result["beta"] else None
+        weights = grpo.token_weights(mask[rows], NAMES[result["loss_type"]], *counts)
+        args = logprobs[rows], old[rows], advantages[rows], weights
+        part, seen = grpo.policy_loss(*args, *clip, ref)
+        loss = loss + part
         for name, value in seen.items():
-            totals[name] = totals.get(name, 0.0) + (value * mask[part]).sum().item() / counts[1]
+            totals[name] = totals.get(name, 0.0) + (value * mask[rows]).sum().item() / counts[0]
     loss.backward()
     assert loss.item() == pytest.approx(result["loss"], abs=1e-9)
     if "dloss_dlogp" in result:  # one case has only its loss
         assert close(logprobs.grad, padded(result["dloss_dlogp"]), 1.1e-9)
-    assert totals["clip_frac_low"] == pytest.approx(result["clip_low_frac"], abs=1e-6)
-    assert totals["clip_frac_high"] == pytest.approx(result["clip_high_frac"], abs=1e-6)
-    if result["beta"]:
-        assert totals["kl"] == pytest.approx(result["kl_token_mean"], abs=1e-6)
+    for ours, theirs in (("clip_frac_low", "clip_low_frac"), ("clip_frac_high", "clip_high_frac")):
+        assert totals[ours] == pytest.approx(result[theirs], abs=1e-6)
+    assert totals.get("kl", 0.0) == pytest.approx(result.get("kl_token_mean") or 0.0, abs=1e-6)
 
 
-def test_vectors_are_there():
-    assert "VECTORS" in os.environ or len(LOSSES) >= 40
-
-
-def test_equal_rewards_give_exactly_zero():
-    rewards = torch.full((8,), 0.1)  # their std need not be 0, and eps 1e-8 would magnify it
-    assert grpo.group_advantages(rewards, 8, "group", eps=1e-8).tolist() == [0.0] * 8
-
-
-def test_advantages_by_hand():
-    # (0, 0, 0, 1): mean 1/4, sample variance (3/16 + 9/16) / 3 = 1/4, std 1/2
-    rewards = exact([0.0, 0.0, 0.0, 1.0])
-    assert grpo.group_advantages(rewards, 4, "none").tolist() == [-0.25, -0.25, -0.25, 0.75]
-    expected = [-0.25 / 0.5001] * 3 + [0.75 / 0.5001]
-    assert grpo.group_advantages(rewards, 4).tolist() == pytest.approx(expected)
-    with pytest.raises(ValueError, match="6 rewards"):
-        grpo.group_advantages(torch.zeros(6), 4)
-
-
-def test_weights_by_hand():
-    mask = exact([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    expected = {
-        "token": [1 / 3, 1 / 3, 0, 1 / 3, 0, 0],
-        "sequence": [0.25, 0.25, 0, 0.5, 0, 0],
-        "constant": [0.05, 0.05, 0, 0.05, 0, 0],
-    }
-    for aggregation, weights in expected.items():
-        ours = grpo.token_weights(mask, aggregation, 3, 2, 10)
-        assert ours.flatten().tolist() == pytest.approx(weights), aggregation
-    empty = torch.zeros(1, 3)  # a row that is masked out gives 0, not nan
-    assert grpo.token_weights(empty, "sequence", 3, 2, 10).tolist() == [[0.0, 0.0, 0.0]]
-
-
-CLIPPED = [(1.0, 1.5, 0.0), (1.0, 0.5, -0.5), (-1.0, 0.5, 0.0)]
-CLIPPED += [(-1.0, 1.5, 1.5), (1.0, 1.1, -1.1), (-1.0, 3.0, 3.0)]
-
-
-@pytest.mark.parametrize("gain, ratio, expected", CLIPPED)
-def test_clip_stops_the_gradient_where_it_should(gain, ratio, expected):
-    """d loss / d logprob = -ratio x gain, 0 where the update has already gone far enough."""
-    logprobs = exact([[math.log(ratio)]]).requires_grad_()
-    grpo.policy_loss(logprobs, exact([[0.0]]), exact([gain]), exact([[1.0]]))[0].backward()
-    assert logprobs.grad.item() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("ref, sign", [(-0.5, -1), (-3.0, 1)])
-def test_kl_pulls_towards_the_reference(ref, sign):
-    """A token likelier under the reference must become likelier, and the other way round."""
-    logprobs = exact([[-1.0]]).requires_grad_()
-    args = logprobs, logprobs.detach(), exact([0.0]), exact([[1.0]])
-    loss, _ = grpo.policy_loss(*args, kl_coef=0.1, ref_logprobs=exact([[ref]]))
-    loss.backward()
-    assert loss > 0 and logprobs.grad.item() * sign > 0
-
-
-def test_log_ratios_are_clamped():
-    far = torch.tensor([[200.0]], requires_grad=True)
-    loss, _ = grpo.policy_loss(far, torch.zeros(1, 1), -torch.ones(1), torch.ones(1, 1))
-    assert math.isfinite(loss.item())
+def test_eq2_log_ratios_are_clamped():
+    far = torch.tensor([[200.0]])
+    assert grpo.policy_loss(far, 0 * far, -torch.ones(1), torch.ones(1, 1))[0].isfinite()
 
 
 def test_limit_follows_the_schedule():
@@ -156,20 +94,18 @@ def completion(number: int, tokens: list[int], finished: bool = True) -> grpo.Co
     return grpo.Completion(number, {}, [46, 47, 3], tokens, logprobs, finished, "", score)
 
 
-def settings(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**(grpo.asdict(grpo.Config()) | changes))
-
-
-def gradient_of(model, done, advantages, rank=0, world=1, **changes):
-    cfg = settings(**{"batch_size": len(done), "micro_batch_tokens": 64} | changes)
-    run = FakeRun(cfg, rank, world)
+def gradients_of(model, batch, kind=FakeRun, rank=0, world=1, **changes):
+    """Of the optimizer steps of a rollout (answers, advantages); FakeRun takes none."""
+    done, advantages = batch
+    changes = {"batch_size": len(done), "micro_batch_tokens": 64} | changes
+    run = kind(grpo.Config(**changes), rank, world)
     grpo.update_policy(run, model, None, None, done, advantages, 1.0, 32)
     return run.gradients
 
 
 @pytest.fixture(scope="module")
-def model():
-    return grpo.load_model(TINY).double()
+def model(small):
+    return grpo.load_model(small).double()
 
 
 @pytest.fixture(scope="module")
@@ -181,133 +117,100 @@ def batch():
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
-@pytest.mark.parametrize("mask_truncated", [False, True])
-def test_gradient_does_not_depend_on_split_order_or_ranks(
-    model, batch, aggregation, mask_truncated
-):
-    done, advantages = batch
-    options = {"aggregation": aggregation, "mask_truncated": mask_truncated}
-    [whole] = gradient_of(model, done, advantages, micro_batch_tokens=10**6, **options)
-    [single] = gradient_of(model, done, advantages, micro_batch_tokens=1, **options)
-    order = [5, 2, 7, 0, 3, 6, 1, 4]
-    [shuffled] = gradient_of(
-        model, [done[i] for i in order], [advantages[i] for i in order], **options
-    )
-    ranks = sum(gradient_of(model, done, advantages, rank, 3, **options)[0] for rank in range(3))
+def test_gradient_does_not_depend_on_split_order_or_ranks(model, batch, aggregation):
+    options = {"aggregation": aggregation, "mask_truncated": True}
+    [whole] = gradients_of(model, batch, micro_batch_tokens=10**6, **options)
+    mixed = [[x[i] for i in (5, 2, 7, 0, 3, 6, 1, 4)] for x in batch]  # another order
+    [shuffled] = gradients_of(model, mixed, micro_batch_tokens=1, **options)
+    ranks = [gradients_of(model, batch, rank=rank, world=3, **options)[0] for rank in range(3)]
     assert whole.abs().max() > 1e-4
-    for other in (single, shuffled, ranks):
-        assert close(whole, other, 1e-12)
+    assert close(whole, shuffled, 1e-12) and close(whole, sum(ranks), 1e-12)
 
 
 def plain_logprobs(model, c):
-    """(n,) log-probabilities of an answer's tokens by plain log-softmax."""
     ids = torch.tensor([c.prompt + c.tokens])
     logprobs = model.logits(model(ids[:, :-1])).log_softmax(-1)
     return logprobs.gather(-1, ids[:, 1:, None])[0, len(c.prompt) - 1 :, 0]
 
 
 def gradient_by_autograd(model, loss):
-    model.zero_grad()
-    loss.backward()
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-    model.zero_grad()
-    return gradient
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 @pytest.mark.parametrize("mask_truncated", [False, True])
-def test_on_policy_gradient_is_reinforce(model, batch, mask_truncated):
+def test_eq4_on_policy_gradient_is_reinforce(model, batch, mask_truncated):
     """One update per rollout: - sum_i A_i sum_t grad log pi / N, a masked row counts nowhere."""
-    done, advantages = batch
     options = {"aggregation": "token", "mask_truncated": mask_truncated}
-    [ours] = gradient_of(model, done, advantages, **options)
-    counted = [i for i in range(8) if done[i].finished or not mask_truncated]
-    num_tokens = sum(len(done[i].tokens) for i in counted)
-    sums = [advantages[i] * plain_logprobs(model, done[i]).sum() for i in counted]
-    assert close(ours, gradient_by_autograd(model, -sum(sums) / num_tokens), 1e-12)
+    [ours] = gradients_of(model, batch, **options)
+    pairs = [(c, a) for c, a in zip(*batch, strict=True) if c.finished or not mask_truncated]
+    num_tokens = sum(len(c.tokens) for c, _ in pairs)
+    loss = -sum(a * plain_logprobs(model, c).sum() for c, a in pairs) / num_tokens
+    assert close(ours, gradient_by_autograd(model, loss), 1e-12)
 
 
-def test_second_update_is_measured_against_the_policy_that_sampled(model, batch):
-    """pi_old of eq. 2 is noted before the first update moves the weights."""
-    done, advantages = batch
-    moved, second = copy.deepcopy(model), copy.deepcopy(model)
-    second.model.norm.weight.data *= 0.97
+def test_eq2_second_update_is_measured_against_the_policy_that_sampled(model, batch):
+    """pi_old is noted before the first update moves the weights."""
 
     class Moving(FakeRun):
         def update(self, module, optimizer, lr):
-            module.model.norm.weight.data *= 0.97
+            module.model.norm.weight.data *= 3
             return super().update(module, optimizer, lr)
 
-    run = Moving(settings(batch_size=8, micro_batch_tokens=64, updates=2, aggregation="token"))
-    grpo.update_policy(run, moved, None, None, done, advantages, 1.0, 32)
-    loss, num_tokens, ratios = 0.0, sum(len(c.tokens) for c in done[4:]), []
-    for c, advantage in zip(done[4:], advantages[4:], strict=True):
+    moved, second = copy.deepcopy(model), copy.deepcopy(model)
+    second.model.norm.weight.data *= 3
+    options = {"updates": 2, "aggregation": "token"}
+    gradients = gradients_of(moved, batch, Moving, **options)
+    loss, num_tokens, ratios = 0.0, sum(len(c.tokens) for c in batch[0][4:]), []
+    for c, advantage in zip(batch[0][4:], batch[1][4:], strict=True):
         logprobs, old = plain_logprobs(second, c), plain_logprobs(model, c).detach()
         ratios += (logprobs - old).exp().tolist()
         weights = exact([[1 / num_tokens] * len(old)])
         loss = loss + grpo.policy_loss(logprobs[None], old[None], exact([advantage]), weights)[0]
     assert min(ratios) < 1.2 < max(ratios)  # some are clipped
-    assert close(run.gradients[1], gradient_by_autograd(second, loss), 1e-12)
-
-
-def test_without_signal_there_is_no_step(model, batch):
-    assert gradient_of(model, batch[0], [0.0] * 8) == []
+    assert close(gradients[1], gradient_by_autograd(second, loss), 1e-12)
 
 
 def test_several_updates_are_each_normalised_over_their_part(model, batch):
-    done, advantages = batch
-    first, second = gradient_of(model, done, advantages, updates=2)
-    [alone] = gradient_of(model, done[:4], advantages[:4])
-    assert close(first, alone, 1e-12)
-    [alone] = gradient_of(model, done[4:], advantages[4:])
-    assert close(second, alone, 1e-12)
-
-
-def test_a_bandit_is_learnt():
-    """Three dozen steps of eq. 1 to 4 on a bare table of logits find the token with reward."""
-    torch.manual_seed(0)
-    logits = torch.zeros(8, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=0.3)
-    for _ in range(36):
-        actions = torch.distributions.Categorical(logits=logits).sample((16,))
-        advantages = grpo.group_advantages((actions == 5).double(), 16)
-        logprobs = logits.log_softmax(-1)[actions][:, None]
-        weights = grpo.token_weights(torch.ones_like(logprobs), "token", 16, 16, 1)
-        optimizer.zero_grad()
-        grpo.policy_loss(logprobs, logprobs.detach(), advantages, weights)[0].backward()
-        optimizer.step()
-    assert logits.softmax(-1)[5] > 0.95
+    for options in ({"aggregation": "token"}, {"aggregation": "constant"}):
+        first, second = gradients_of(model, batch, updates=2, **options)
+        for ours, part in ((first, slice(0, 4)), (second, slice(4, 8))):
+            [alone] = gradients_of(model, [x[part] for x in batch], **options)
+            assert close(ours, alone, 1e-12)
+    assert gradients_of(model, (batch[0], [0.0] * 8)) == []  # no signal, no step
 
 
 def test_reward_of_adds_the_optional_terms():
     c = completion(0, [1] * 90)
-    c.score, c.text = {"correct": True, "format": 1.0}, "one two </think> 234"
-    cfg = settings(format_weight=0.3)
+    c.score, c.text = {"correct": True, "format": 1.0}, "one two </think> 二百三十四"
+    cfg = grpo.Config(format_weight=0.3)
     assert grpo.reward_of(c, cfg, 100) == pytest.approx(1.3)
-    cfg.overlong_cache, cfg.language_weight = 20, 0.5  # half of the cache used, all words English
+    cfg.overlong_cache, cfg.language_weight = 20, 0.5  # half of the cache used, thinks in English
     assert grpo.reward_of(c, cfg, 100) == pytest.approx(1.3 - 0.5 + 0.5)
 
 
 def test_dynamic_sampling_fills_the_batch_with_mixed_groups(monkeypatch):
-    """Every third group is mixed: a batch of 3 groups needs 9 prompts, drawn 3 at a time."""
+    """Groups 0, 2, 3 and 5 are mixed; three are drawn at a time."""
 
     def fake_rollout(run, sampler, prompter, problems, size, limit, step):
         found = []
         for n, _ in problems:
-            for right in [True, False] if n % 3 == 0 else [n % 3 == 1] * size:
+            for right in [True, False] if n in (0, 2, 3, 5) else [n % 2 == 1] * size:
                 found.append(completion(n, [1]))
                 found[-1].score = {"correct": right, "format": 0.0}
         return found
 
     monkeypatch.setattr(grpo, "rollout", fake_rollout)
-    run = FakeRun(settings(batch_size=6, group_size=2, dynamic_sampling=5))
     prompter = SimpleNamespace(task=SimpleNamespace(problem=lambda split, seed, n: {}))
-    everything, batch, drawn = grpo.sample_batch(run, None, prompter, 1, 0, 8)
-    assert [c.number for c in batch] == [0, 0, 3, 3, 6, 6]
-    assert drawn == 9 and len(everything) == 18
-    assert [c.reward for c in batch] == [1.0, 0.0] * 3
-    run.cfg.dynamic_sampling = 1  # the cap is reached first: what was found is trained on
-    _, batch, drawn = grpo.sample_batch(run, None, prompter, 1, 0, 8)
-    assert [c.number for c in batch] == [0, 0, 3, 3] and drawn == 6
-    run.cfg.dynamic_sampling = 0  # off: every group, one draw
-    _, batch, drawn = grpo.sample_batch(run, None, prompter, 1, 4, 8)
+
+    def sampled(dynamic_sampling: int, drawn: int) -> tuple:
+        cfg = grpo.Config(batch_size=6, group_size=2, dynamic_sampling=dynamic_sampling)
+        return grpo.sample_batch(FakeRun(cfg), None, prompter, 1, drawn, 8)
+
+    everything, batch, drawn = sampled(5, 0)
+    assert [c.number for c in batch] == [0, 0, 2, 2, 3, 3] and len(everything) == 12
+    assert [c.reward for c in batch] == [1.0, 0.0] * 3 and drawn == 6
+    _, batch, drawn = sampled(1, 3)  # the cap is reached first: what was found is trained on
+    assert [c.number for c in batch] == [3, 3, 5, 5] and drawn == 9
+    _, batch, drawn = sampled(0, 4)  # off: every group, one draw
     assert [c.number for c in batch] == [4, 4, 5, 5, 6, 6] and drawn == 7
