@@ -137,9 +137,12 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+VECTORS = Path(os.environ.get("VECTORS") or ROOT / "tests" / "vectors")
+
+
 def vectors(name: str) -> dict:
-    """Numbers from reference implementations: tests/vectors, or the folder that VECTORS names."""
-    path = Path(os.environ.get("VECTORS") or ROOT / "tests" / "vectors") / f"{name}.json"
+    """Numbers from reference implementations; {} if the file is not there."""
+    path = VECTORS / f"{name}.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return content.get("sections", content)
 

@@ -7,24 +7,24 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, FakeRun, lines_of, vectors
+from conftest import ROOT, VECTORS, FakeRun, lines_of, vectors
 from safetensors.torch import load_file
 
 import coconut
 
-VECTORS = vectors("latent").get("coconut", {})
-IDS = VECTORS.get("special", dict.fromkeys(("start_latent", "latent", "end_latent"), 0))
+CASES = vectors("latent").get("coconut", {})
+IDS = CASES.get("special", dict.fromkeys(("start_latent", "latent", "end_latent"), 0))
 MARKERS = (IDS["start_latent"], IDS["latent"], IDS["end_latent"])
 PLACE = MARKERS[1]
-reference = pytest.mark.skipif(not VECTORS, reason="tests/vectors/latent.json is not there")
+reference = pytest.mark.skipif(not CASES, reason="tests/vectors/latent.json is not there")
 
 
 def test_vectors_are_there():
-    assert "VECTORS" in os.environ or len(VECTORS["layouts"]) >= 20
+    assert "VECTORS" in os.environ or len(CASES["layouts"]) >= 20
 
 
 def words(text: str) -> list[int]:
-    return [VECTORS["vocab"][word] for word in text.split()]
+    return [CASES["vocab"][word] for word in text.split()]
 
 
 def layout_of(sample: dict, key: tuple, answered: bool = True) -> tuple[list[int], list[int]]:
@@ -40,12 +40,12 @@ def layout_of(sample: dict, key: tuple, answered: bool = True) -> tuple[list[int
     return coconut.layout(question, steps, answer, markers, skipped, thoughts)
 
 
-@pytest.mark.parametrize("case", VECTORS.get("layouts", []))
+@pytest.mark.parametrize("case", CASES.get("layouts", []))
 def test_eq2_layouts_equal_the_reference(case):
     """Ids, labels, positions and masks of every row, and the prompt of every evaluation."""
     names = "mode", "stage", "c", "max_latent_stage", "pad_latent_to_max"
     key, rows = tuple(case[name] for name in names), (case["train"], case["question_only"])
-    for sample, row, asked in zip(VECTORS["samples"], *rows, strict=True):
+    for sample, row, asked in zip(CASES["samples"], *rows, strict=True):
         ids, mask = layout_of(sample, key)
         assert ids == row["input_ids"]
         labels = [i if learnt else -100 for i, learnt in zip(ids, mask, strict=True)]
@@ -60,12 +60,12 @@ def test_eq2_layouts_equal_the_reference(case):
 
 @pytest.fixture(scope="module")
 def about() -> dict:
-    return next(model for model in VECTORS["models"] if model["kind"] == "llama")
+    return next(model for model in CASES["models"] if model["kind"] == "llama")
 
 
 @pytest.fixture(scope="module")
 def tensors() -> dict:
-    return load_file(ROOT / "tests" / "vectors" / "latent.safetensors")
+    return load_file(VECTORS / "latent.safetensors")
 
 
 @pytest.fixture
@@ -86,9 +86,9 @@ def llama(about, tensors) -> "coconut.Model":
 def batch_rows() -> list[tuple[list[int], list[int]]]:
     """The mixed batch of the vectors, with 4, 1, 3, 0 and 3 thoughts."""
     found = []
-    for row in VECTORS["batch_rows"]:
+    for row in CASES["batch_rows"]:
         key = "coconut", row["stage"], row["c"], 3, row["pad_latent_to_max"]
-        found.append(layout_of(VECTORS["samples"][row["sample"]], key))
+        found.append(layout_of(CASES["samples"][row["sample"]], key))
     return found
 
 
@@ -107,7 +107,7 @@ def test_eq1_logits_and_number_of_passes_equal_the_reference(llama, about, tenso
 
     llama.model.layers[0].register_forward_hook(note)
     logits = llama.logits(llama(padded(batch_rows())[0]))
-    for row, seen in enumerate(VECTORS["batch"]["attention_mask"]):
+    for row, seen in enumerate(CASES["batch"]["attention_mask"]):
         theirs = tensors["llama.logits"][row][torch.tensor(seen).bool()]
         torch.testing.assert_close(logits[row, : len(theirs)], theirs, atol=1e-4, rtol=0)
     assert len(passes) == about["n_forward_passes"] == 5 and passes[1:4] == [1, 1, 1]

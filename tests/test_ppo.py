@@ -155,6 +155,7 @@ def test_eq1_outcome_rewards():
         got = [ppo.outcome_reward(c, config(reward=name)) for c in answers]
         assert got == pytest.approx(expected)
     assert ppo.outcome_reward(right, config(format_weight=0.5)) == 1.5
+    assert ppo.outcome_reward(completion(0, []), config(reward="cosine-trl")) == -1
 
 
 @pytest.fixture(scope="module")
