@@ -242,13 +242,13 @@ def test_eq2_rows_and_prompts_of_every_mode(tmp_path, mode):
 
 
 def test_generated_tokens_by_hand(monkeypatch):
-    """Three thoughts; one answer is a token and the end, another two tokens without an end."""
+    """Three thoughts and answers of two tokens, of which the last is an end in three of four."""
     logged = []
     monkeypatch.setattr(coconut, "plain_log", lambda run, *args: logged.append(args))
-    evaluation = {"eval/thoughts": 3.0, "eval/completion_length": 2.0, "eval/clipped_ratio": 0.5}
+    evaluation = {"eval/thoughts": 3.0, "eval/completion_length": 2.0, "eval/clipped_ratio": 0.25}
     coconut.log_tokens(None, 7, evaluation, ("eval/accuracy",))
     assert logged[0][0] == 7 and logged[0][2] == ("eval/accuracy",)
-    assert logged[0][1]["eval/generated_tokens"] == ((3 + 1) + (3 + 2)) / 2
+    assert logged[0][1]["eval/generated_tokens"] == 3 + 2 - 0.75
 
 
 def test_new_tokens_start_like_an_existing_one(tmp_path, small):
@@ -285,6 +285,7 @@ def rows_with(folder, name: str) -> list[dict]:
 
 def test_stages_follow_the_clock(run, cwd, experiments, capfd):
     """One step a stage; and what docs/experiments prints of the run is what its log says."""
+    assert coconut.next_stage(1, [1.0] * 19, 30, 0.9, 900) == 1  # 20 are needed to judge
     flags = "--mode coconut --uniform_prob 0 --stage_steps 1 --steps 5 --out a"
     assert run("coconut", flags).code == 0
     rows = rows_with(cwd / "a", "loss")
