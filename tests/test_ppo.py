@@ -29,8 +29,8 @@ def close(got: torch.Tensor, expected, tolerance: float = 1e-9) -> bool:
 
 
 def test_vectors_are_there():
-    counts = len(RETURNS), len(LOSSES["policy"]), len(LOSSES["value"]), len(KL["estimators"])
-    assert "VECTORS" in os.environ or counts == (9, 6, 6, 3)
+    found = RETURNS, LOSSES.get("policy", []), LOSSES.get("value", []), KL.get("estimators", [])
+    assert "VECTORS" in os.environ or [len(cases) for cases in found] == [9, 6, 6, 3]
 
 
 @pytest.mark.parametrize("case", RETURNS)
