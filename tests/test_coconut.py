@@ -286,6 +286,7 @@ def rows_with(folder, name: str) -> list[dict]:
 def test_stages_follow_the_clock(run, cwd, experiments, capfd):
     """One step a stage; and what docs/experiments prints of the run is what its log says."""
     assert coconut.next_stage(1, [1.0] * 19, 30, 0.9, 900) == 1  # 20 are needed to judge
+    assert coconut.next_stage(1, [1.0] * 20, 30, 0.9, 900) == 2
     flags = "--mode coconut --uniform_prob 0 --stage_steps 1 --steps 5 --out a"
     assert run("coconut", flags).code == 0
     rows = rows_with(cwd / "a", "loss")

@@ -299,6 +299,10 @@ def test_eq7_loss_and_the_correlation_of_states():
     halves = [rd.depth_loss(model, *part, 1, 2, 6) for part in parts]
     close(loss, halves[0][0] + halves[1][0])
     assert seen["accuracy"] == 1 and halves[0][1]["accuracy"] == 0.5
+    for n, k in ((3, 0), (2, 1)):  # k of them carry gradient
+        model.zero_grad(set_to_none=True)
+        rd.depth_loss(model, tokens, labels, states, n, k, 6)[0].backward()
+        assert (model.transformer.adapter.weight.grad is None) == (k == 0)
     state = model(tokens, 3, states)[1].detach().numpy()
     tables = [np.corrcoef(state[b]) for b in range(2)]  # 1 on the diagonal
     assert seen["state_correlation"].item() == pytest.approx((np.sum(tables) - 8) / 24, abs=1e-5)
