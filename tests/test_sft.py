@@ -126,6 +126,14 @@ def test_rows_of_a_file_and_how_many_are_too_long(prompter, tmp_path):
         rows_of(path, prompter, max_length=3)
 
 
+def test_rows_of_a_file_begin_as_prompts_do(prompter, tmp_path, monkeypatch):
+    """With BOS where the tokenizer puts one."""
+    monkeypatch.setattr(prompter, "start", "<unk>")
+    path = write(tmp_path, {"prompt": "1=", "completion": "x"})
+    [(ids, mask)], _ = rows_of(path, prompter)
+    assert prompter.decode(ids) == "<unk>1=x<eos>" and mask == [0, 0, 0, 1, 1]
+
+
 BAD = [
     ({"prompt": "a"}, "line 1", "all"),
     ({"prompt": "a", "completion": 3}, "line 1", "all"),
