@@ -640,7 +640,8 @@ def task_class(spec: str) -> tuple[str, type, str]:
     if name in TASKS:
         kind = TASKS[name]
         if isinstance(kind, str):
-            from more import tasks  # it imports this module
+            with reading(f"task {name} is in more/tasks.py", ANYTHING):
+                from more import tasks  # it imports this module
 
             kind = getattr(tasks, kind)
         return name, kind, knobs
@@ -954,8 +955,7 @@ def equal_values(gold: str, pred: str, seconds: list[float]) -> bool:
     return percent == 100 * number or (x == y and abs(number) >= 1)
 
 
-# Cleaning. One sign stands for a LaTeX command: ∨ or, ∪ union, ∈ in, ± and ∓, ¤ dollar, relations;
-# "..." for words, ⟦1&2;3&4⟧ for a matrix.
+# Cleaning. A sign for a command: ∨ or, ∪ union, ∈ in, ¤ dollar; "..." words; ⟦1&2;3&4⟧ a matrix.
 
 COMMANDS = {  # sign: the commands that it stands for
     " ": "left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr hline quad qquad",

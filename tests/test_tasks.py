@@ -143,6 +143,13 @@ def test_a_script_runs_it(run, cwd, script, mine):
     assert done.code == 2 and done.err.count("\n") == 1 and "mine.py" in done.err
 
 
+def test_a_copy_without_more_says_what_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "more", None)
+    assert make_task("countdown").problem("train", 0, 0)
+    with pytest.raises(BadInput, match="more/tasks.py"):
+        make_task("s3")
+
+
 # ----------------------------------------------------------- more/tasks.py: countdown, cards
 
 
