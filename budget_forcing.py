@@ -1177,4 +1177,4 @@ class Answers(Run):
 
 
 if __name__ == "__main__":
-    sys.exit(main(solve, Config))
+    os._exit(main(solve, Config))  # threads of gloo may abort sys.exit

@@ -1195,4 +1195,4 @@ plain_log, Run.log = Run.log, log_tokens
 
 
 if __name__ == "__main__":
-    sys.exit(main(train, Config))
+    os._exit(main(train, Config))  # threads of gloo may abort sys.exit

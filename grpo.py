@@ -1094,4 +1094,4 @@ def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(train, Config))
+    os._exit(main(train, Config))  # threads of gloo may abort sys.exit

@@ -1186,4 +1186,4 @@ class Records(Run):
 
 
 if __name__ == "__main__":
-    sys.exit(main(solve, Config))
+    os._exit(main(solve, Config))  # threads of gloo may abort sys.exit
