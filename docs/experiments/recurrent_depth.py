@@ -14,6 +14,7 @@ Run
 """
 
 import math
+import os
 import sys
 import time
 from collections import defaultdict
@@ -167,4 +168,4 @@ def solve(cfg: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(rd.main(solve, Config))
+    os._exit(rd.main(solve, Config))  # as the scripts: threads of gloo may abort sys.exit

@@ -330,7 +330,7 @@ def experiment(cfg: Config) -> int:
     if cfg.tables:
         folders = [Path(name) for name in cfg.tables.split(",")]
         records = [r for f in folders for r in read_json(newest(f) / "records.json")["records"]]
-        print(tables(records))
+        print(tables(records), flush=True)
         return 0
     if not cfg.out and not cfg.resume:
         cfg.out = f"out/specreason-experiment-{cfg.seed}-{time.strftime('%y%m%d-%H%M%S')}"
@@ -344,9 +344,9 @@ def experiment(cfg: Config) -> int:
     if code == 0 and int(os.getenv("RANK", 0)) == 0:
         records = read_json(newest(Path(cfg.out or cfg.resume)) / "records.json")["records"]
         costs = {name: round(1000 * s, 2) for name, s in pairs[0].costs.items()}
-        print(f"milliseconds: {costs}\n{tables(records)}")
+        print(f"milliseconds: {costs}\n{tables(records)}", flush=True)
         for name, value in predictions(compare(records), pairs[0]).items():
-            print(f"{name:24}{value:8.3f}")
+            print(f"{name:24}{value:8.3f}", flush=True)
     return code
 
 
@@ -357,4 +357,4 @@ def newest(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main(experiment, Config))
+    os._exit(main(experiment, Config))  # as the scripts: threads of gloo may abort sys.exit
