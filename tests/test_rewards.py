@@ -558,3 +558,16 @@ def test_bad_chats():
     ]:
         with pytest.raises(BadInput, match=words):
             rewards.read_chat(row)
+
+
+def test_limits_of_length_and_depth(tmp_path):
+    """Long answers are wrong unread, huge powers of either sign and deep JSON are refused."""
+    assert rewards.extract_boxed("\\boxed{" + "1" * 600 + "}") is None
+    assert rewards.extract_boxed("\\boxed{" + "1" * 400 + "}") == "1" * 400
+    assert rewards.number_text("72") == "72" and rewards.number_text("72" + " " * 600) == ""
+    for exponent in (10**6, -(10**6)):
+        with pytest.raises(ValueError):
+            rewards.small_power(Fraction(3), Fraction(exponent))
+    (tmp_path / "deep").write_text('{"question": ' + "[" * 100_000, encoding="utf-8")
+    with pytest.raises(BadInput, match="line 1"):
+        rewards.make_task("gsm8k", data=str(tmp_path / "deep"))

@@ -126,6 +126,13 @@ def test_rows_of_a_file_and_how_many_are_too_long(prompter, tmp_path):
         rows_of(path, prompter, max_length=3)
 
 
+def test_a_row_that_learns_only_its_first_token_goes(prompter, tmp_path):
+    """Nothing predicts that one."""
+    lines = [{"prompt": prompt, "completion": "</think>c"} for prompt in ("", "1=")]
+    rows, said = rows_of(write(tmp_path, *lines), prompter, loss_on="thought")
+    assert [mask for _, mask in rows] == [[0, 0, 1, 0, 0]] and "1 are learnt" in said
+
+
 def test_rows_of_a_file_begin_as_prompts_do(prompter, tmp_path, monkeypatch):
     """With BOS where the tokenizer puts one."""
     monkeypatch.setattr(prompter, "start", "<unk>")
