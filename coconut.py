@@ -480,7 +480,9 @@ def train(cfg: Config) -> int:
             break  # Ctrl-C
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
             evaluate(run, sampler, prompter, step)
-    return run.report(sampler, prompter)
+    code = run.report(sampler, prompter)
+    run.gather(0)  # the other ranks may still load the start from rank 0's folder
+    return code
 
 
 # ---- below: the machine, the same text in every script (tests/test_shared_blocks.py)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -316,6 +317,18 @@ def test_controls_run_and_go_on(run, cwd, mode, experiments, capfd):
     done = run("coconut", "--resume a --steps 3", base=False)
     assert done.code == 0, done.err
     assert experiments.main(["a"]) == 0 and "no thoughts" in capfd.readouterr().out
+
+
+def test_a_slow_rank_still_finds_the_start(run_ranks, monkeypatch):
+    real = coconut.Run.report
+
+    def late(self, *args):
+        time.sleep(0.5 * self.rank)
+        return real(self, *args)
+
+    monkeypatch.setattr(coconut.Run, "report", late)
+    codes, _ = run_ranks("coconut", 2, "--out two --eval_problems 0")
+    assert codes == [0, 0]
 
 
 def test_a_file_by_epochs(run, cwd):
