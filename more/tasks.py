@@ -51,12 +51,17 @@ from rewards import (
 # What rewards.Countdown.trace writes, and the solver.
 
 
-Item = tuple[Fraction, str, int]  # value, expression, how tightly it binds: 1 sum, 2 product, 3
+Number = int | Fraction  # an int where it can be: much faster
+Item = tuple[Number, str, int]  # value, expression, how tightly it binds: 1 sum, 2 product, 3
 
 
-def apply_operator(op: str, a: Fraction, b: Fraction) -> Fraction | None:
+def apply_operator(op: str, a: Number, b: Number) -> Number | None:
     """a op b, exactly; None for a division by zero."""
-    return None if op == "/" and b == 0 else ARITHMETIC[op](a, b)
+    if op != "/":
+        return ARITHMETIC[op](a, b)
+    if b == 0:
+        return None
+    return a // b if a % b == 0 else Fraction(a) / b
 
 
 def combinations(pool: list[Item], operators: str) -> Iterator[list[Item]]:
@@ -80,12 +85,17 @@ def operations(expression: str) -> Iterator[tuple[str, str]]:
     [('9-4', '2*5+7'), ('2*5', '10+7'), ('10+7', '17')]
     """
     while not expression.isdigit():
-        inner = re.search(r"\([^()]+\)|^[^()]+$", expression)[0]
-        found = re.search(r"(\d+)([*/])(\d+)", inner) or re.search(r"(\d+)([+-])(\d+)", inner)
-        value = apply_operator(found[2], Fraction(found[1]), Fraction(found[3]))
-        expression = expression.replace(inner, inner.replace(found[0], str(value), 1), 1)
-        expression = re.sub(r"\((\d+)\)", r"\1", expression)
-        yield found[0], expression
+        done, expression = first_operation(expression)
+        yield done, expression
+
+
+@functools.lru_cache(maxsize=2**16)  # many expressions end alike
+def first_operation(expression: str) -> tuple[str, str]:
+    inner = re.search(r"\([^()]+\)|^[^()]+$", expression)[0]
+    found = re.search(r"(\d+)([*/])(\d+)", inner) or re.search(r"(\d+)([+-])(\d+)", inner)
+    value = apply_operator(found[2], int(found[1]), int(found[3]))
+    expression = expression.replace(inner, inner.replace(found[0], str(value), 1), 1)
+    return found[0], re.sub(r"\((\d+)\)", r"\1", expression)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -95,7 +105,7 @@ def countdown_attempts(numbers: tuple[int, ...], operators: str, limit: int) -> 
     >>> countdown_attempts((2, 3), "-*", 99)
     [(1, '3-2', '3-2=1'), (6, '2*3', '2*3=6'), (6, '3*2', '3*2=6')]
     """
-    pools, found, attempts = [[(Fraction(n), str(n), 3) for n in numbers]], set(), []
+    pools, found, attempts = [[(n, str(n), 3) for n in numbers]], set(), []
     while pools:
         pool = pools.pop()
         if len(pool) == 1:
@@ -136,7 +146,7 @@ def solve_countdown(numbers: Sequence[int], target: int) -> str | None:
                 return found
         return None
 
-    return search([(Fraction(n), str(n), 3) for n in numbers])
+    return search([(n, str(n), 3) for n in numbers])
 
 
 def try_line(value: int, chain: str, target: int) -> str:
