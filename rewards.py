@@ -404,7 +404,7 @@ def describe_evaluation(done: list, k: int, task) -> dict[str, float]:
     metrics["entropy"] = -mean(p for c in done for p in c.logprobs)  # nats a token
     for n in [2**power for power in range(k.bit_length())]:
         metrics[f"pass@{n}"] = mean(pass_at_k(k, count, n) for count in correct)
-    return metrics
+    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 # -------------------------------------------------------------------------------------------- tasks

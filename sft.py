@@ -308,31 +308,27 @@ def check_flags(cfg: Config) -> None:
         raise BadInput(f"--num_layers and --hidden_size are not for --model {cfg.model}")
 
 
-def update_model(
-    run: "Run", model: "Model", optimizer: Optimizer, rows: list[tuple], lr: float
-) -> dict[str, float]:
-    """One step down eq. 1."""
-    num_tokens = sum(sum(mask[1:]) for _, mask in rows)  # N, the same on every rank
-    mine = sorted(rows, key=row_length, reverse=True)[run.rank :: run.world]
-    loss = entropy = 0.0
+def add_gradients(run: "Run", model: "Model", rows: list[tuple], num_tokens: int) -> list:
+    """Go back from eq. 1; loss and entropy of each micro-batch, which a GPU still computes."""
+    mine, parts = sorted(rows, key=row_length, reverse=True)[run.rank :: run.world], []
     for batch in micro_batches([len(ids) for ids, _ in mine], run.cfg.micro_batch_tokens):
         tokens = pad_rows([mine[i][0] for i in batch], run.device, torch.long)  # (B, T)
         mask = pad_rows([mine[i][1] for i in batch], run.device, torch.bool)
         logprobs, entropies = completion_logprobs(model, tokens, mask)  # (B, T-1)
-        part = sft_loss(logprobs, num_tokens)
-        part.backward()
-        loss += part.item()
-        entropy += entropies.sum().item() / num_tokens
+        loss = sft_loss(logprobs, num_tokens)
+        loss.backward()
+        parts.append((loss.detach(), entropies.sum() / num_tokens))
+    return parts
+
+
+def update_model(run: "Run", model: "Model", optimizer: Optimizer, parts: list, lr: float) -> dict:
+    """One step down eq. 1 by the gradients that were added up."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    norm = run.update(model, optimizer, lr)
-    return {
-        "loss": sum(run.gather(loss)),
-        "entropy": sum(run.gather(entropy)),
-        "grad_norm": norm,
-        "lr": lr,
-        "tokens": num_tokens,
-    }
+    metrics = {"grad_norm": run.update(model, optimizer, lr), "lr": lr}
+    metrics["loss"] = sum(run.gather(sum(loss.item() for loss, _ in parts)))
+    metrics["entropy"] = sum(run.gather(sum(entropy.item() for _, entropy in parts)))
+    return metrics
 
 
 def row_length(row: tuple) -> int:
@@ -362,6 +358,9 @@ def train(cfg: Config) -> int:
         epoch, place = divmod(index, len(lines))
         return lines[epoch_order(len(lines), cfg.seed, epoch)[place]]
 
+    def batch(step):
+        return [row((step - 1) * cfg.batch_size + i) for i in range(cfg.batch_size)]
+
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
@@ -374,13 +373,17 @@ def train(cfg: Config) -> int:
     ids, mask = row(0)
     run.say(f"{prompter.decode(ids)!r}: {sum(mask)} of {len(ids)} tokens are learnt")
 
+    rows = batch(state["step"] + 1)
     for step in range(state["step"] + 1, cfg.steps + 1):
         began = time.time()
-        rows = [row((step - 1) * cfg.batch_size + i) for i in range(cfg.batch_size)]
+        num_tokens = sum(sum(mask[1:]) for _, mask in rows)  # N, the same on every rank
+        parts = add_gradients(run, model, rows, num_tokens)
+        rows = batch(step + 1)  # written while a GPU computes
         lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup_steps)
-        metrics = update_model(run, model, optimizer, rows, lr)
+        metrics = update_model(run, model, optimizer, parts, lr)
         run.refresh(sampler, model)
-        metrics["tokens_per_s"] = metrics["tokens"] / (time.time() - began)
+        metrics["tokens"] = num_tokens
+        metrics["tokens_per_s"] = num_tokens / (time.time() - began)
         run.log(step, metrics, ("loss", "entropy", "tokens_per_s"))
         if run.after_step(step, model, optimizer):
             break  # Ctrl-C
@@ -700,9 +703,7 @@ class Decoding:
 
 
 @torch.inference_mode()
-def generate(
-    model: Model, prompts: list, uniforms: Tensor, temperature: float = 1.0, stop=None
-) -> Decoding:
+def generate(model: Model, prompts, uniforms, temperature=1.0, stop=None) -> Decoding:
     """Decode until each row has ended or has N tokens; stop is Prompter.stop.
 
     On a CPU finished rows leave the batch; on CUDA the step is recorded, so shapes stay.
@@ -750,28 +751,27 @@ def head_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: flo
     return logprobs, entropy
 
 
-def chosen_logprobs(
-    model: Model, hidden: Tensor, chosen: Tensor, temperature: float = 1.0, chunk: int = 0
-) -> tuple:
-    """The same, `chunk` logits at a time, computed again going backward."""
-    chunk = chunk or (2**23 if hidden.is_cpu else 2**26)
-    size = max(1, chunk // model.config["vocab_size"])
+def chosen_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: float) -> tuple:
+    """The same, some positions at a time, computed again going backward."""
+    head, logits = head_logprobs, 2**23
+    if hidden.is_cuda:  # fused, in a tenth of the memory
+        head = torch.compile(head_logprobs, dynamic=True)
+        logits = torch.cuda.mem_get_info()[1] // 160
+    size = max(1, logits // model.config["vocab_size"])
     if len(chosen) <= size:
-        return head_logprobs(model, hidden, chosen, temperature)
+        return head(model, hidden, chosen, temperature)
     parts = []
     for h, ids in zip(hidden.split(size), chosen.split(size), strict=True):
-        parts.append(checkpoint(head_logprobs, model, h, ids, temperature, use_reentrant=False))
+        parts.append(checkpoint(head, model, h, ids, temperature, use_reentrant=False))
     logprobs, entropy = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropy)
 
 
-def completion_logprobs(
-    model: Model, tokens: Tensor, mask: Tensor, temperature: float = 1.0, chunk: int = 0
-) -> tuple:
+def completion_logprobs(model: Model, tokens: Tensor, mask: Tensor, temperature=1.0) -> tuple:
     """Log-probabilities of tokens[:, 1:] and entropies, (B, T-1), 0 where mask (B, T) is 0."""
     where = mask[:, 1:].bool()  # only these go through the head
     hidden = model(tokens[:, :-1])[where]  # (N, C)
-    parts = chosen_logprobs(model, hidden, tokens[:, 1:][where], temperature, chunk)
+    parts = chosen_logprobs(model, hidden, tokens[:, 1:][where], temperature)
     zeros = parts[0].new_zeros(where.shape)
     return zeros.masked_scatter(where, parts[0]), zeros.masked_scatter(where, parts[1])
 
@@ -789,6 +789,8 @@ class Prompter:
             raise BadInput(f"{model.folder}: no tokenizer.json")
         self.style = "compact" if model.is_tiny else "text"
         self.stops = () if chat or model.is_tiny else ("</answer>", "\nUser:")
+        ends, vocab = {word[-1] for word in self.stops}, self.tokenizer.get_vocab()
+        self.endings = {i for token, i in vocab.items() if ends & set(token)}
         self.start = "" if chat else self.decode(self.tokenizer.encode("").ids[:1])  # BOS
         if chat:
             from transformers import AutoTokenizer  # slow
@@ -813,14 +815,13 @@ class Prompter:
     def stop(self, s, seen):
         """Finish rows in which a stop string ends after `seen` tokens."""
         start, lengths = max(0, seen - 31), s.lengths.tolist()
-        window = s.tokens[:, start : seen + LOOK_EVERY].tolist()
-        for i, text in enumerate(self.tokenizer.decode_batch(window, False)):
-            if any(word in text for word in self.stops):
-                end = seen + 1
-                while not any(word in self.decode(window[i][: end - start]) for word in self.stops):
-                    end += 1
-                if end <= lengths[i]:  # else drawn after the row's end
-                    s.lengths[i], s.finished[i] = end, True
+        for i, ids in enumerate(s.tokens[:, start : seen + LOOK_EVERY].tolist()):
+            for end in range(seen + 1, lengths[i] + 1):
+                if ids[end - 1 - start] in self.endings:
+                    text = self.decode(ids[: end - start])
+                    if any(word in text for word in self.stops):
+                        s.lengths[i], s.finished[i] = end, True
+                        break
 
 
 def rollout(
@@ -828,8 +829,7 @@ def rollout(
 ) -> list[Completion]:
     """Sample and score `size` answers of at most `limit` tokens to each (number, problem).
 
-    A rank samples its share, then all hold everything, group by group. An answer depends on
-    seed, step, number and place in its group alone.
+    A rank samples its share, then all hold everything, group by group.
     """
     done, stop = [], prompter.stop if prompter.stops else None
     mine = [(n, p, prompter.encode(prompter.text(p))) for n, p in problems[run.rank :: run.world]]
@@ -851,9 +851,12 @@ def rollout(
 
 
 def rows_at_once(model: Model, capacity: int) -> int:
-    """How many rows of `capacity` tokens fit a cache of 1 GB, on a GPU of 20 GB."""
+    """Rows of `capacity` tokens whose cache fits 1 GB, on a GPU half of what is free."""
     row = 2 * sum(keys.nbytes for keys in Cache(model, 1, capacity).keys)
-    return min(256, int(1e9 / row)) if model.lm_head.weight.is_cpu else int(20e9 / row)
+    if not model.lm_head.weight.is_cuda:
+        return min(256, int(1e9 / row))
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0] // 2 // row
 
 
 def evaluate(run: "Run", model: Model, prompter: Prompter, step: int) -> dict[str, float]:
@@ -864,7 +867,6 @@ def evaluate(run: "Run", model: Model, prompter: Prompter, step: int) -> dict[st
     problems = list(enumerate(heldout(task, cfg.eval_problems)))
     done = rollout(run, model, prompter, problems, cfg.eval_samples, cfg.max_new_tokens, 0)
     metrics = describe_evaluation(done, cfg.eval_samples, task)
-    metrics = {f"eval/{name}": value for name, value in metrics.items()}
     run.log(step, metrics, ("eval/accuracy", "eval/completion_length"))
     return metrics
 
@@ -889,6 +891,7 @@ class Run:
             if name == "cuda":
                 torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
                 self.dtype = torch.bfloat16
+                torch._dynamo.config.suppress_errors = True  # no compiler: eager
             torch.empty(1, device=name)  # complains
         if self.world > 1:
             if self.rank == 0:
@@ -898,7 +901,7 @@ class Run:
         signal.signal(signal.SIGTERM, self.on_signal)
 
     def on_signal(self, number, frame):
-        self.got = number  # on this rank
+        self.got = number
         signal.signal(number, signal.SIG_DFL)  # a second ends it
         os.write(1, b"stopping after this step; again: at once\n")
 
@@ -913,15 +916,20 @@ class Run:
         if self.rank == 0:
             print(text, flush=True)
 
-    def load(self, by_size):
-        """The model to train and the one to sample from: on a GPU a bfloat16 copy."""
+    def load(self, by_size, added=14):
+        """The models to train and to sample from; training adds `added` bytes a parameter."""
         model = load_model(resolve_model(self.cfg.model), self.device)
         size = sum(p.numel() for p in model.parameters())
         model.checkpointing, model.compute_dtype = size > 1e9, self.dtype
         for name, values in by_size.items():
-            gpu = name == "micro_batch_tokens" and self.device.type == "cuda"
-            if not getattr(self.cfg, name):
-                setattr(self.cfg, name, values[2 if gpu else (size > 1e7) + (size > 1e9)])
+            value = values[(size > 1e7) + (size > 1e9)]
+            if name == "micro_batch_tokens" and self.device.type == "cuda":
+                # bytes that a token leaves for backward
+                kept = 2.5 * sum(sum(w.shape) for w in model.parameters() if w.ndim == 2)
+                fits = int((0.7 * torch.cuda.mem_get_info()[0] - added * size) / kept)
+                model.checkpointing = fits < 4096
+                value = values[2] if model.checkpointing else min(fits, values[2])
+            setattr(self.cfg, name, getattr(self.cfg, name) or value)
         if self.dtype == torch.float32:
             return model, model
         return model, copy.deepcopy(model).to(self.dtype).requires_grad_(False)
@@ -936,20 +944,18 @@ class Run:
         cfg, script, state = self.cfg, Path(__file__), {"step": 0}
         example = prompter.text(prompter.task.problem("train", cfg.seed, 0))
         heldout(prompter.task, cfg.eval_problems)  # complains
-        now = time.strftime("%y%m%d-%H%M%S")
-        name = f"out/{script.stem}-{type(prompter.task).__name__}-{cfg.seed}-{now}"
-        if not cfg.resume and (Path(cfg.out or name) / "run.json").exists():
-            raise BadInput(f"--out {cfg.out} holds a run: --resume it")
-        self.folder = Path(self.gather(cfg.resume or cfg.out or name)[0])
-        self.metrics = self.folder / "metrics.jsonl"
-        self.samples = self.folder / "samples.jsonl"
+        name = f"out/{script.stem}-{type(prompter.task).__name__}-{cfg.seed}-"
+        name = cfg.resume or cfg.out or name + time.strftime("%y%m%d-%H%M%S")
+        self.folder = Path(self.gather(name)[0])
         if cfg.resume:
             state = self.resume(model, optimizer)
-            for log in (self.metrics, self.samples):
-                if self.rank == 0 and log.exists():
+            for log in self.folder.glob("*.jsonl"):
+                if self.rank == 0:
                     trim_log(log, state["step"])
-        about = {"script": script.name, "command": " ".join(sys.argv), "config": asdict(cfg)}
-        about |= {"device": f"{self.world} {self.device}", "torch": torch.__version__}
+        elif (self.folder / "run.json").exists():
+            raise BadInput(f"--out {name} holds a run: --resume it")
+        about = {"script": script.name, "config": asdict(cfg), "torch": torch.__version__}
+        about |= {"device": f"{self.world} {self.device}", "checkpointing": model.checkpointing}
         if self.rank == 0:
             with reading(f"--out {self.folder}"):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -974,18 +980,15 @@ class Run:
         shown = ", ".join(f"{name} {line[name]:.4g}" for name in show if name in line)
         self.say(f"step {step}/{self.cfg.steps}: {shown}, {line['seconds']:.0f} s")
         if self.rank == 0:
-            with self.metrics.open("a") as file:
+            with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def keep_samples(self, step, prompter, done, advantages):
-        """Write completions to samples.jsonl; print one every ten steps."""
+        """Write completions to samples.jsonl."""
         if self.rank == 0 and done:
-            with self.samples.open("a") as file:
+            with (self.folder / "samples.jsonl").open("a") as file:
                 for c, advantage in zip(done, advantages, strict=False):
-                    if file.tell() < 2e7:
-                        file.write(json.dumps(c.line(step, advantage, prompter.decode)) + "\n")
-            if step % 10 == 1:
-                self.say(f"{prompter.text(c.problem)!r} {c.text!r} {c.score}")
+                    file.write(json.dumps(c.line(step, advantage, prompter.decode)) + "\n")
 
     def update(self, model, optimizer, lr):
         """Sum the gradients over ranks, clip their norm at 1, step; the norm."""
@@ -1042,7 +1045,7 @@ class Run:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdigit())
+    return sorted(folder.glob("step-" + 6 * "[0-9]"))
 
 
 # <<< shared: run
@@ -1057,7 +1060,7 @@ def parse_config(config: type, argv: list[str] | None = None):
         kind = {"type": type(f.default), "choices": get_args(f.type) or None}
         if isinstance(f.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        text = f"{f.metadata['help']} (default: {f.default})"
         parser.add_argument(f"--{f.name}", default=f.default, help=text, **kind)
     cfg = parser.parse_args(argv)
     if cfg.resume:
@@ -1072,22 +1075,19 @@ def parse_config(config: type, argv: list[str] | None = None):
     for f in fields(config):
         value, least = getattr(cfg, f.name), f.metadata["least"]
         if isinstance(value, (int, float)) and not least <= value < math.inf:
-            raise BadInput(f"--{f.name} {value}: a number of at least {least} is needed")
+            raise BadInput(f"--{f.name} {value}: at least {least} is needed")
     return config(**vars(cfg))
 
 
 def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
     """The exit code: 0 done, 1 fault, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a tenth of the page faults
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages
     try:
         return train(parse_config(config, argv))
     except (BadInput, FloatingPointError, OSError) as error:
         code, message = 2 if isinstance(error, BadInput) else 1, error
     except torch.OutOfMemoryError:
         code, message = 1, "out of memory; halve --micro_batch_tokens"
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     if int(os.getenv("LOCAL_RANK", 0)) == 0:
         print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
     return code

@@ -27,6 +27,8 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gpu  # noqa: E402
+
 import grpo  # noqa: E402
 
 PARTS = "_setup_privateuseone_for_python_backend", "_DummyBackendModule"
@@ -417,6 +419,15 @@ def test_on_device_captured_step_equals_eager_step(device):
 
 
 @in_child
+def test_on_device_checks_of_gpu_py(device, monkeypatch):
+    graphs, there = pretend_graphs(monkeypatch), moved(make(banned=(0,)), device)
+    assert gpu.equal_tokens(there, PROMPTS[:2], 6, 12) == 1 and len(graphs) == 1
+    monkeypatch.setattr(Held, "is_cuda", False)  # the head as it is
+    assert gpu.sampler_gap(there, there, PROMPTS[:2], 12)[1] < 1e-5
+    assert gpu.bytes_read(there, 2, 10) > 8 * gpu.size_of(there)
+
+
+@in_child
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 def test_on_device_sampling_does_not_wait(device, temperature):
     """No waiting per token: one look at the flags per 8 tokens, at most four results fetched."""
@@ -465,29 +476,36 @@ def test_on_device_stop_strings(device, graph, monkeypatch):
 # ----------------------------------------------------------------------------------------- training
 
 
-def training_step(model, where, length, chunk=2**26):
-    """Loss, gradients and what the device waited for, of a batch made from lists as in training."""
+def step_logprobs(model, where, length):
+    """Log-probabilities of a batch that is made from lists as in training."""
     generator = torch.Generator().manual_seed(length)
     rows = [torch.randint(1, V, (length - i,), generator=generator).tolist() for i in range(4)]
     masks = [[False] * 3 + [True] * (len(row) - 3) for row in rows]
     tokens, mask = grpo.pad_rows(rows, where, torch.long), grpo.pad_rows(masks, where, torch.bool)
     WAITS.clear()
-    logprobs, entropy = grpo.completion_logprobs(model, tokens, mask, 0.9, chunk)
-    loss = -(logprobs * mask[:, 1:]).sum() / (4 * length)
+    return grpo.completion_logprobs(model, tokens, mask, 0.9)
+
+
+def training_step(model, where, length, positions=2**20):
+    """Loss, gradients and what the device waited for."""
+    model.config["vocab_size"] = 2**23 // positions  # at a time through the head
+    logprobs, _ = step_logprobs(model, where, length)
+    loss = -logprobs.sum() / (4 * length)
     loss.backward()
     waited = {kind: WAITS[kind] for kind in ("item", "cpu", "nonzero", "mask")}
+    model.config["vocab_size"] = V
     return loss.item(), {name: p.grad.cpu() for name, p in model.named_parameters()}, waited
 
 
 @in_child
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("chunk", [2**26, 7 * V])
-def test_on_device_training_step(device, chunk, checkpointing, tmp_path):
+@pytest.mark.parametrize("positions", [2**20, 7])
+def test_on_device_training_step(device, positions, checkpointing, tmp_path):
     here = make(banned=(0,)).requires_grad_()
     there = moved(here, device)
     here.checkpointing = there.checkpointing = checkpointing
-    loss, gradients, _ = training_step(here, CPU, 12, chunk)
-    our_loss, ours, _ = training_step(there, device, 12, chunk)
+    loss, gradients, _ = training_step(here, CPU, 12, positions)
+    our_loss, ours, _ = training_step(there, device, 12, positions)
     assert abs(loss - our_loss) < 1e-10
     for name, gradient in gradients.items():
         torch.testing.assert_close(ours[name], gradient, atol=1e-10, rtol=0, msg=name)
@@ -496,7 +514,7 @@ def test_on_device_training_step(device, chunk, checkpointing, tmp_path):
     optimizer.step()
     assert all(p.device == device for p in there.parameters())
     assert 0.005 < (there.lm_head.weight - before).abs().max().item() < 0.02
-    assert training_step(there, device, 12, chunk)[0] != loss
+    assert training_step(there, device, 12, positions)[0] != loss
     there.folder = tmp_path
     grpo.save_model(there, tmp_path / "saved")
     again = grpo.load_model(tmp_path / "saved").double()
@@ -511,5 +529,44 @@ def test_on_device_training_does_not_wait_per_token(device):
     there = moved(make(), device)
     short, long = (training_step(there, device, length)[2] for length in (8, 40))
     assert short == long and sum(long.values()) <= 6
-    chunked = training_step(there, device, 40, 9 * V)[2]
+    chunked = training_step(there, device, 40, 9)[2]
     assert chunked == long  # and none per chunk
+
+
+@in_child
+def test_on_device_head_is_compiled_and_bounded_by_the_card(device, monkeypatch):
+    """On CUDA alone; at 16 bytes a logit a tenth of the card's memory."""
+    compiled, there = [], moved(make(), device)
+    expected = training_step(there, device, 12)[0]
+
+    def compile(function, dynamic):
+        def fused(model, hidden, *args):
+            compiled.append((len(hidden), dynamic))
+            return function(model, hidden, *args)
+
+        return fused
+
+    monkeypatch.setattr(Held, "is_cuda", True)
+    monkeypatch.setattr(torch, "compile", compile)
+    for positions, calls in ((1000, 1), (7, 2 * 5)):  # of 30; again going backward
+        card = 160 * V * positions
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card=card: (0, card))
+        compiled.clear()
+        logprobs, _ = step_logprobs(there, device, 12)
+        logprobs.sum().backward()
+        assert abs(-logprobs.sum().item() / 48 - expected) < 1e-10
+        assert len(compiled) == calls and all(dynamic for _, dynamic in compiled)
+        assert max(count for count, _ in compiled) <= positions
+
+
+@in_child
+def test_on_device_rows_fit_what_is_free(device, monkeypatch):
+    """Half of the free memory, after what training kept is given back."""
+    there, given = moved(make(torch.float32), device), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(1))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2_000_000 * len(given), 9e9))
+    c = there.config
+    row = 2 * 4 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * 100
+    assert grpo.rows_at_once(there, 100) == min(256, 10**9 // row)  # as on a CPU
+    monkeypatch.setattr(Held, "is_cuda", True)
+    assert grpo.rows_at_once(there, 100) == 1_000_000 // row

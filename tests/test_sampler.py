@@ -295,7 +295,9 @@ def stopper(stops, pieces=PIECES):
     tokenizer = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="."))
     tokenizer.decoder = decoders.Fuse()
     decode = partial(tokenizer.decode, skip_special_tokens=False)
-    holder = SimpleNamespace(stops=stops, tokenizer=tokenizer, decode=decode)
+    last = {word[-1] for word in stops}
+    endings = {i for i, piece in enumerate(pieces) if last & set(piece)}
+    holder = SimpleNamespace(stops=stops, endings=endings, decode=decode)
     return partial(grpo.Prompter.stop, holder)
 
 
@@ -427,14 +429,20 @@ def close(ours, expected):
     torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("chunk", [0, 10 * V, V, 1])
+def at_once(model, positions):
+    """Let the head take this many positions at a time, as for a larger vocabulary."""
+    model.config["vocab_size"] = 2**23 // positions
+
+
+@pytest.mark.parametrize("positions", [2**20, 10, 1])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
-def test_completion_logprobs(temperature, chunk):
+def test_completion_logprobs(temperature, positions):
     model, (tokens, mask) = make_model().requires_grad_(), training_batch()
     weights = torch.linspace(-1, 2, 55).view(5, 11)
     expected, entropy = naive(model, tokens, mask, temperature)
     gradient = gradients(model, expected, weights)
-    ours, our_entropy = grpo.completion_logprobs(model, tokens, mask, temperature, chunk)
+    at_once(model, positions)
+    ours, our_entropy = grpo.completion_logprobs(model, tokens, mask, temperature)
     assert ours.shape == our_entropy.shape == (5, 11)
     assert not ours[~mask[:, 1:]].any() and not our_entropy[~mask[:, 1:]].any()
     close(ours, expected)
@@ -510,10 +518,11 @@ def test_chunks_bound_the_logits():
     model, (tokens, mask) = make_model(vocab=101).requires_grad_(), training_batch(seed=2)
     trained = int(mask[:, 1:].sum())
     assert trained != HIDDEN
-    for chunk, expected in ((0, trained * 101), (505, 505), (600, 505), (1, 101)):
+    for positions, expected in ((2**20, trained), (5, 5), (1, 1)):
+        at_once(model, positions)
         with LargestLogits(101) as seen:
-            grpo.completion_logprobs(model, tokens, mask, chunk=chunk)[0].sum().backward()
-        assert seen.largest == expected
+            grpo.completion_logprobs(model, tokens, mask)[0].sum().backward()
+        assert seen.largest == expected * 101
 
 
 # ------------------------------------------------------------------------------- batches of rows
