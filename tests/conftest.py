@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,13 +20,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test looks for a network
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-# Flags that make a step of a script take a fraction of a second, with rewards of a random model
-# that differ and losses that are not 0 by construction. While the learning rate warms up it does not
-# depend on --steps, so that a run which is made longer equals one that was long from the start.
+# Flags that make a step take a fraction of a second, with rewards of a random model that differ and
+# losses that are not 0 by construction. While the learning rate warms up it does not depend on
+# --steps, so that a run which is made longer equals one that was long from the start.
 SAME = "--steps 2 --batch_size 8 --max_new_tokens 40 --eval_problems 2 --eval_samples 2"
-GROUPS = f"{SAME} --warmup_steps 10 --group_size 4"
+WARM = f"{SAME} --warmup_steps 10"
+GROUPS = f"{WARM} --group_size 4"
 NOISE = "--reward cosine --repetition_penalty 1 --repetition_n 1"  # by length and repeated tokens
 CRITIC = "--kl_coef 0.1 --value_clip 0.5 --gae_lambda 0.9 --critic_warmup 1"
+RECURRENT = "--task s3:elements=10 --steps 2 --batch_size 8 --hidden_size 16 --num_heads 2"
+THOUGHTS = "--mode coconut --stage_steps 2 --uniform_prob 0.2 --c 2 --weight_decay 0.1"
 # Scripts that train, a line each: the smallest flags; more of them, so that a checkpoint and the
 # ranks have as much to hold as they can. The shared tests take every script from here.
 TRAINING = {
@@ -35,21 +39,17 @@ TRAINING = {
     ),
     "nsr": (f"{GROUPS} --updates 1 --normaliser sample", "--updates 2 --lr 0.01"),
     "ppo": (f"{GROUPS} --no-decay --mini_batches 2 {NOISE}", f"{CRITIC} --epochs 2 --lr 0.01"),
-    "sft": (f"{SAME} --warmup_steps 10", "--loss_on thought --micro_batch_tokens 64 --lr 0.01"),
-    "coconut": (  # the last stage, all steps are thoughts; from stage to stage
-        f"{SAME} --mode no_curriculum",
-        "--mode coconut --stage_steps 2 --uniform_prob 0.2 --c 2 --weight_decay 0.1 --lr 0.01",
-    ),
+    "sft": (WARM, "--loss_on thought --micro_batch_tokens 64 --lr 0.01"),
+    "coconut": (f"{SAME} --mode no_curriculum", f"{THOUGHTS} --lr 0.01"),  # one stage; two
     "recurrent_depth": (
-        "--task s3:elements=10 --steps 2 --batch_size 8 --hidden_size 16 --num_heads 2 "
-        "--eval_problems 3 --eval_samples 1 --warmup_steps 10 --test_r 4",
+        f"{RECURRENT} --eval_problems 3 --eval_samples 1 --warmup_steps 10 --test_r 4",
         "--lr 0.01 --micro_batch_tokens 44",  # two micro-batches, each with its own r
     ),
 }
+SPECULATION = "--max_new_tokens 12 --max_step_tokens 6 --save_every 1"
 SOLVING = {  # scripts that train nothing: the smallest flags
     "budget_forcing": "--caps 4,8,12 --max_new_tokens 20 --eval_problems 3 --waits 1,2",
-    "specreason": "--draft tiny-draft --eval_problems 2 --max_new_tokens 12 --max_step_tokens 6 "
-    "--save_every 1",
+    "specreason": f"--draft tiny-draft --eval_problems 2 {SPECULATION}",
 }
 SMALL = {script: flags for script, (flags, _) in TRAINING.items()} | SOLVING
 # flags of a run of four steps or more without evaluations; what is its last step
@@ -117,12 +117,12 @@ def loop_of(module):
     return getattr(module, "train", None) or module.solve
 
 
-def start(script: str, flags: str, folder: Path, launcher=(), **options) -> subprocess.Popen:
-    """A script as a process of its own in `folder`."""
+def start(script: str, flags: str, folder: Path, launcher=()) -> subprocess.Popen:
+    """A script, or another program by its path, as a process of its own in `folder`."""
     command = [sys.executable, *launcher, str(ROOT / f"{script}.py"), *flags.split()]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    return subprocess.Popen(command, cwd=folder, env=env, **options)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen(command, cwd=folder, env=env, **pipes)
 
 
 def finish(process: subprocess.Popen, timeout: float = 300) -> SimpleNamespace:
@@ -161,13 +161,11 @@ def records_of(folder: Path) -> list:
     A score is a mean probability, which the rows decoded beside it change in its last digits.
     """
 
-    def kept(x):
-        if isinstance(x, dict):
-            return {k: kept(v) for k, v in x.items() if k != "score" and "seconds" not in k}
-        return [kept(value) for value in x] if isinstance(x, list) else x
+    def kept(x: dict) -> dict:
+        return {k: v for k, v in x.items() if k != "score" and "seconds" not in k}
 
     paths = sorted(folder.glob("step-*/records.json"))
-    return [kept(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    return [json.loads(path.read_text(encoding="utf-8"), object_hook=kept) for path in paths]
 
 
 def nothing(*args) -> None: ...
@@ -176,16 +174,14 @@ def nothing(*args) -> None: ...
 class ThreadRanks:
     """torch.distributed as far as the scripts use it, for ranks that are threads."""
 
+    init_process_group = destroy_process_group = nothing
+
     def __init__(self, world: int):
         self.world, self.slots, self.local = world, [None] * world, threading.local()
         self.barrier = threading.Barrier(world, timeout=60)
 
     def is_initialized(self) -> bool:
         return True
-
-    def init_process_group(self, backend: str) -> None: ...
-
-    def destroy_process_group(self) -> None: ...
 
     def exchange(self, value) -> list:
         self.slots[self.local.rank] = value
@@ -198,9 +194,8 @@ class ThreadRanks:
         values[:] = self.exchange(value)
 
     def all_reduce(self, tensor) -> None:
-        values = self.exchange(tensor.clone())
         with torch.no_grad():
-            tensor.copy_(sum(values[1:], values[0]))
+            tensor.copy_(sum(self.exchange(tensor.clone())))
 
 
 @pytest.fixture
@@ -208,10 +203,9 @@ def run_ranks(cwd, small, monkeypatch):
     """Run a script on `world` ranks that are threads; (exit codes, gradients on rank 0)."""
 
     def run_ranks(script: str, world: int, flags: str = "") -> tuple[list[int], list[torch.Tensor]]:
-        module, ranks, gradients = importlib.import_module(script), ThreadRanks(world), []
-        codes = [None] * world
-
-        begin = module.Run.__init__
+        module, ranks = importlib.import_module(script), ThreadRanks(world)
+        codes, gradients, begin = [None] * world, [], module.Run.__init__
+        argv = f"{SMALL[script]} --model {model_of(script, small)} {flags}".split()
 
         def init(self, cfg):
             begin(self, cfg)
@@ -224,7 +218,6 @@ def run_ranks(cwd, small, monkeypatch):
 
         def work(rank: int) -> None:
             ranks.local.rank = rank
-            argv = f"{SMALL[script]} --model {model_of(script, small)} {flags}".split()
             try:
                 codes[rank] = module.main(loop_of(module), module.Config, argv)
             finally:
@@ -237,11 +230,8 @@ def run_ranks(cwd, small, monkeypatch):
             patch.setattr(module.Run, "__init__", init)
             patch.setenv("WORLD_SIZE", str(world))
             patch.setattr(torch.optim.AdamW, "step", step)
-            threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with ThreadPoolExecutor(world) as pool:
+                list(pool.map(work, range(world)))
         return codes, gradients
 
     return run_ranks
