@@ -1,25 +1,25 @@
 """The decoder against transformers: random tiny models of every family, saved, loaded by grpo.py.
 
-Also what a folder may get wrong (one line each), the cache (per-row lengths, cuts, row selection)
-and the export. A real model is tried if the environment variable SMOLLM2 names a folder made by
-tests/smollm2.py.
+Also the cache (a length per row, cuts, selection of rows), the export, end ids and BOS. A real
+model is tried if SMOLLM2 names a folder made by tests/smollm2.py. What a folder may get wrong
+stands in test_bad_input.py.
 """
 
+import functools
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT  # noqa: F401  (which makes the scripts importable)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import grpo  # noqa: E402
+import grpo
 
 V = 67  # vocabulary
 THETA = 500.0  # rope base, far from every default
@@ -27,15 +27,17 @@ CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 TIED, SHARDED = {"tie_word_embeddings": True}, {"max_shard_size": "10KB"}
 CASES = {  # name: family, what differs from 4 heads of 8 on 2 keys, an untied head, one file
     "llama": ("llama", {}),
-    "llama-mha-sharded": ("llama", {"num_key_value_heads": 4} | SHARDED),
+    "llama-mha-wide-sharded": ("llama", {"num_key_value_heads": 4, "head_dim": 16} | SHARDED),
     "llama-mqa-tied": ("llama", {"num_key_value_heads": 1} | TIED),
-    "llama-wide-heads": ("llama", {"head_dim": 16}),
     "qwen2-sharded": ("qwen2", SHARDED),
-    "qwen2-tied": ("qwen2", TIED),
-    "qwen3-sharded": ("qwen3", {"head_dim": 16} | SHARDED),
-    "qwen3-tied": ("qwen3", {"head_dim": 12} | TIED),
-    "qwen3-tied-sharded": ("qwen3", {"head_dim": 6} | TIED | SHARDED),
+    "qwen2-bfloat16": ("qwen2", {"dtype": torch.bfloat16}),  # widened, so nothing is rounded
+    "qwen3": ("qwen3", {"head_dim": 6}),
+    "qwen3-tied-sharded": ("qwen3", {"head_dim": 12} | TIED | SHARDED),
 }
+
+
+def theirs_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def build(folder, family, max_shard_size="1GB", dtype=torch.float32, **changes):
@@ -49,37 +51,38 @@ def build(folder, family, max_shard_size="1GB", dtype=torch.float32, **changes):
     if family == "qwen2":
         del sizes["head_dim"]  # not one of its settings
     torch.manual_seed(len(folder.name))
-    reference = AutoModelForCausalLM.from_config(CONFIGS[family](**sizes), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](**sizes), dtype=torch.float32)
     with torch.no_grad():
-        for name, weight in reference.named_parameters():
+        for name, weight in model.named_parameters():
             weight.normal_(1.0 if "norm" in name else 0.0, 0.25)
-    reference.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
-    return reference.eval()
-
-
-@pytest.fixture(scope="module", params=CASES)
-def pair(request, tmp_path_factory):
-    """(model of ours, model of transformers, folder) of one case."""
-    folder = tmp_path_factory.mktemp(request.param)
-    family, changes = CASES[request.param]
-    reference = build(folder, family, **changes)
-    return grpo.load_model(folder), reference, folder
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return theirs_of(folder)
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """Folders to copy and damage."""
-    found = {}
-    for name in ("llama", "llama-mqa-tied", "qwen2-sharded", "qwen3-tied"):
-        found[name] = tmp_path_factory.mktemp("source-" + name)
-        family, changes = CASES[name]
-        build(found[name], family, **changes)
-    return found
+def built(tmp_path_factory):
+    """(model of transformers, folder) of a case, built once."""
+
+    @functools.cache
+    def built(case):
+        folder = tmp_path_factory.mktemp(case)
+        family, changes = CASES[case]
+        return build(folder, family, **changes), folder
+
+    return built
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, built):
+    """(model of ours, model of transformers, folder) of one case."""
+    reference, folder = built(request.param)
+    return grpo.load_model(folder), reference, folder
 
 
 @pytest.fixture
-def copy_of(sources, tmp_path):
-    return lambda name: Path(shutil.copytree(sources[name], tmp_path / "model"))
+def copy_of(built, tmp_path):
+    """A copy of a case's folder, to change."""
+    return lambda case: Path(shutil.copytree(built(case)[1], tmp_path / "model"))
 
 
 def random_tokens(rows, length, seed=0):
@@ -87,14 +90,13 @@ def random_tokens(rows, length, seed=0):
 
 
 def edit_config(folder, remove=(), **changes):
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads((folder / "config.json").read_text())
     kept = {name: value for name, value in config.items() if name not in remove}
-    path.write_text(json.dumps(kept | changes))
+    (folder / "config.json").write_text(json.dumps(kept | changes))
 
 
-def theirs_of(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def same(ours, expected):
+    torch.testing.assert_close(dict(ours), dict(expected), atol=0, rtol=0)
 
 
 @torch.no_grad()
@@ -118,101 +120,48 @@ def greedy(model, prompts, count):
     return grpo.generate(model, prompts, torch.zeros(len(prompts), count), temperature=0.0)
 
 
-@torch.no_grad()
-def uncached_greedy(model, prompt, count):
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(int(model.logits(model(torch.tensor([tokens])))[0, -1].argmax()))
-    return tokens[len(prompt) :]
-
-
 # -------------------------------------------------------------------------- against transformers
 
 
-def test_logits(pair):
+def test_logits_and_greedy_tokens(pair):
     model, reference, folder = pair
-    if "sharded" in folder.name:
-        assert len(list(folder.glob("*.safetensors"))) > 1
+    assert ("sharded" in folder.name) == (len(list(folder.glob("*.safetensors"))) > 1)
     same_logits(model, reference)
-    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
-    tied = reference.config.tie_word_embeddings
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert model.eos_ids == [] and model.vocab_bias is None
-
-
-def test_greedy_cached_and_uncached(pair):
-    model, reference, _ = pair
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (7, 3, 12)]
-    expected = [reference_greedy(reference, prompt, 24) for prompt in prompts]
-    assert [uncached_greedy(model, prompt, 24) for prompt in prompts] == expected
-    sampled = greedy(model, prompts, 24)  # three lengths in one batch
-    assert sampled.tokens.tolist() == expected
-    assert sampled.lengths.tolist() == [24] * 3 and not sampled.finished.any()
-
-
-def test_greedy_with_several_end_ids(tmp_path):
-    ends = list(range(0, V, 5))
-    reference = build(tmp_path, "llama", eos_token_id=ends)
-    model = grpo.load_model(tmp_path)
-    assert model.eos_ids == ends
-    prompts = [random_tokens(1, 1 + row, seed=row)[0].tolist() for row in range(8)]
-    sampled = greedy(model, prompts, 30)
-    for row, prompt in enumerate(prompts):
-        expected = reference_greedy(reference, prompt, 30, ends)
-        assert sampled.tokens[row, : sampled.lengths[row]].tolist() == expected
-        assert sampled.finished[row] == (expected[-1] in ends)
-    assert sampled.finished.any() and len(set(sampled.lengths.tolist())) > 2
+    sampled = greedy(model, prompts, 16)  # three lengths in one batch, with a cache
+    assert sampled.tokens.tolist() == [reference_greedy(reference, p, 16) for p in prompts]
+    assert sampled.lengths.tolist() == [16] * 3 and not sampled.finished.any()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients(pair, checkpointing):
     model, reference, _ = pair
     tokens, model.checkpointing = random_tokens(2, 12), checkpointing
-    for weights in (model, reference):
-        weights.zero_grad()
-        logits = model.logits(model(tokens)) if weights is model else reference(tokens).logits
+    model.zero_grad()
+    reference.zero_grad()
+    for logits in (model.logits(model(tokens)), reference(tokens).logits):
         logprobs = logits[:, :-1].log_softmax(-1)
         logprobs.gather(-1, tokens[:, 1:, None]).mean().backward()
-    ours, theirs = dict(model.named_parameters()), dict(reference.named_parameters())
-    assert ours.keys() == theirs.keys()  # a tied head counts once
-    for name, weight in theirs.items():
-        torch.testing.assert_close(ours[name].grad, weight.grad, atol=1e-5, rtol=1e-3, msg=name)
-    model.zero_grad()
-    model.checkpointing = False
+    ours, theirs = ({n: p.grad for n, p in m.named_parameters()} for m in (model, reference))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)  # a tied head counts once
 
 
 def test_export(pair, tmp_path):
-    model, reference, _ = pair
-    weight = model.lm_head.weight
-    old = weight.detach().clone()
+    _, reference, folder = pair
+    model = grpo.load_model(folder)
     with torch.no_grad():
-        weight.mul_(1.5)  # as if trained
-        grpo.save_model(model, tmp_path)
-        exported, again = theirs_of(tmp_path), grpo.load_model(tmp_path)
-        assert torch.equal(same_logits(again, exported), same_logits(model, exported))
-        weight.copy_(old)
+        model.lm_head.weight.mul_(1.5)  # as if trained
+    grpo.save_model(model, tmp_path)
+    exported, again = theirs_of(tmp_path), grpo.load_model(tmp_path)
     assert type(exported) is type(reference)
-    theirs = exported.state_dict()
-    assert again.state_dict().keys() == theirs.keys()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in again.state_dict().items())
+    assert torch.equal(same_logits(again, exported), same_logits(model, exported))
+    same(again.state_dict(), exported.state_dict())
     config = json.loads((tmp_path / "config.json").read_text())  # old and new readers
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == THETA
+    assert config["dtype"] == config["torch_dtype"] == "float32"
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        names = set(file.keys())
         assert file.metadata()["format"] == "pt"
-    assert ("lm_head.weight" in names) != reference.config.tie_word_embeddings
-
-
-@pytest.mark.skipif(os.name != "posix", reason="file modes")
-@pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_whom_the_umask_allows_can_read_the_export(sources, tmp_path, umask):
-    before = os.umask(umask)
-    try:
-        grpo.save_model(grpo.load_model(sources["llama"]), tmp_path / "export")
-    finally:
-        os.umask(before)
-    for file in (tmp_path / "export").iterdir():
-        assert file.stat().st_mode & 0o777 == 0o666 & ~umask, file
+        assert ("lm_head.weight" in file.keys()) != reference.config.tie_word_embeddings
 
 
 ROPE_SPELLINGS = {
@@ -224,28 +173,11 @@ ROPE_SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", ROPE_SPELLINGS)
-@pytest.mark.parametrize("source", ["llama", "qwen2-sharded", "qwen3-tied"])
-def test_rope_spellings(copy_of, source, spelling, tmp_path):
-    folder = copy_of(source)
-    expected = same_logits(grpo.load_model(folder), theirs_of(folder))
+def test_rope_spellings(built, copy_of, spelling):
+    folder = copy_of("llama")
     names = "rope_theta", "rope_parameters", "rope_scaling"
     edit_config(folder, remove=names, **ROPE_SPELLINGS[spelling])
-    model = grpo.load_model(folder)
-    grpo.save_model(model, tmp_path / "export")
-    assert torch.equal(same_logits(model, theirs_of(tmp_path / "export")), expected)
-    edit_config(folder, remove=names, rope_theta=10 * THETA)
-    with torch.no_grad():  # so a wrong base would show
-        other = grpo.load_model(folder)
-        assert (other.logits(other(random_tokens(2, 30))) - expected).abs().max() > 0.01
-
-
-def test_bfloat16_is_widened(tmp_path):
-    build(tmp_path, "qwen2", dtype=torch.bfloat16)
-    model = grpo.load_model(tmp_path)
-    same_logits(model, theirs_of(tmp_path))
-    grpo.save_model(model, tmp_path / "export")
-    config = json.loads((tmp_path / "export" / "config.json").read_text())
-    assert config["dtype"] == config["torch_dtype"] == "float32"  # no rounding
+    same_logits(grpo.load_model(folder), built("llama")[0])
 
 
 def test_settings_that_may_be_absent(tmp_path):
@@ -260,10 +192,10 @@ def test_settings_that_may_be_absent(tmp_path):
 # ----------------------------------------------------------------------------------- cache, rows
 
 
-@pytest.fixture(scope="module", params=["llama-mqa-tied", "qwen3-tied"])
-def exact(request, sources):
+@pytest.fixture(scope="module", params=["llama-mqa-tied", "qwen3"])
+def exact(request, built):
     """A model in float64, where two ways to one number agree to 1e-9."""
-    return grpo.load_model(sources[request.param]).double().requires_grad_(False)
+    return grpo.load_model(built(request.param)[1]).double().requires_grad_(False)
 
 
 def close(ours, expected):
@@ -288,25 +220,19 @@ def continued(model, row, added):
     return model(torch.cat([torch.tensor(PROMPTS[row]), added])[None])[0, -len(added) :]
 
 
-def test_appending_at_different_offsets(exact):
-    cache, added = prefill(exact, PROMPTS, 20), random_tokens(4, 11, seed=1)
-    hidden = torch.cat([exact(part, cache) for part in added.split((4, 1, 6), dim=1)], dim=1)
+def test_rows_of_a_cache_are_cut_and_go_on(exact):
+    """Each at its own length, as if nothing had been there."""
+    cache, first, more = prefill(exact, PROMPTS, 20), random_tokens(4, 11), random_tokens(4, 9)
+    hidden = torch.cat([exact(part, cache) for part in first.split((4, 1, 6), dim=1)], dim=1)
     assert cache.lengths.tolist() == [13, 20, 16, 12]  # one row is full
+    kept = [5, 3, 11, 0]  # in the added part, in the prompt, more than others, all cut
+    cache.lengths.copy_(torch.tensor(kept))
+    again = torch.cat([exact(more[:, :2], cache), exact(more[:, 2:], cache)], dim=1)
+    assert cache.lengths.tolist() == [14, 12, 20, 9]
     for row in range(4):
-        close(hidden[row], continued(exact, row, added[row]))
-
-
-def test_cut_row_goes_on_like_a_fresh_one(exact):
-    cache, first = prefill(exact, PROMPTS, 20), random_tokens(4, 6, seed=3)
-    exact(first, cache)
-    kept = torch.tensor([5, 3, 11, 0])  # in the added part, in the prompt, nothing cut, all cut
-    cache.lengths.copy_(kept)
-    added = random_tokens(4, 5, seed=4)
-    hidden = torch.cat([exact(added[:, :2], cache), exact(added[:, 2:], cache)], dim=1)
-    assert cache.lengths.tolist() == (kept + 5).tolist()
-    for row in range(4):
-        cut = torch.cat([torch.tensor(PROMPTS[row]), first[row]])[: kept[row]]
-        close(hidden[row], exact(torch.cat([cut, added[row]])[None])[0, -5:])
+        close(hidden[row], continued(exact, row, first[row]))
+        text = torch.cat([torch.tensor(PROMPTS[row]), first[row]])[: kept[row]]
+        close(again[row], exact(torch.cat([text, more[row]])[None])[0, -9:])
 
 
 def test_select_rows_with_repeats(exact):
@@ -326,17 +252,14 @@ def test_select_rows_with_repeats(exact):
 
 
 def test_embeddings_as_input(exact):
-    tokens = random_tokens(3, 8)
-    embeddings = exact.model.embed_tokens(tokens)
-    close(exact(embeddings), exact(tokens))
-    caches = [prefill(exact, PROMPTS[:3], 20) for _ in range(2)]
-    close(exact(embeddings, caches[0]), exact(tokens, caches[1]))
+    tokens, caches = random_tokens(3, 8), [prefill(exact, PROMPTS[:3], 20) for _ in range(2)]
+    close(exact(exact.model.embed_tokens(tokens), caches[0]), exact(tokens, caches[1]))
 
 
-def test_bfloat16_copy_samples_what_float32_weights_compute(sources):
+def test_bfloat16_copy_samples_what_float32_weights_compute(built):
     """On a GPU the sampler is a bfloat16 copy: its cache, its products; the logits are float32."""
-    model = grpo.load_model(sources["llama"])
-    copy = grpo.load_model(sources["llama"]).bfloat16()
+    _, folder = built("llama")
+    model, copy = grpo.load_model(folder), grpo.load_model(folder).bfloat16()
     model.compute_dtype = copy.compute_dtype = torch.bfloat16
     cache = prefill(copy, PROMPTS, 20)
     assert cache.keys[0].dtype == cache.values[0].dtype == torch.bfloat16
@@ -346,100 +269,23 @@ def test_bfloat16_copy_samples_what_float32_weights_compute(sources):
     assert ours.dtype == torch.float32 and torch.equal(ours, expected)
 
 
-# ------------------------------------------------------------------------- folders that are wrong
-
-UP = "model.layers.1.mlp.up_proj.weight"
-EMBED, HEAD, BIAS = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.bias"
-DAMAGE = {  # what is done to the tensors of llama, or of llama-mqa-tied; what the message names
-    "missing": ("llama", lambda t: t.pop(UP), UP),
-    "no head": ("llama", lambda t: t.pop(HEAD), HEAD),  # config.json says it is not tied
-    "extra": ("llama", lambda t: t.update({BIAS: torch.zeros(48)}), BIAS),
-    "shape": ("llama", lambda t: t.update({UP: t[UP][:-1].clone()}), UP),
-    "tied, differs": ("llama-mqa-tied", lambda t: t.update({HEAD: t[EMBED] + 1}), "tied"),
-    "tied, missing": ("llama-mqa-tied", lambda t: t.update({HEAD: t.pop(EMBED)}), EMBED),
-}
-SETTINGS = {  # what the message names, and the settings
-    "gemma3": {"model_type": "gemma3"},
-    "gelu_new": {"hidden_act": "gelu_new"},
-    "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5.0}},
-    "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    "llama3": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-    "window": {"use_sliding_window": True, "sliding_window": 16},
-    "rope": {"rope_theta": None},
-    "": {"hidden_size": "32"},
-    "layers.2": {"num_hidden_layers": 3},
-}
+# ------------------------------------------------------------------- what else a folder may hold
 
 
-def refused(folder, part=""):
-    """load_model refuses with one line that names the folder and what is wrong."""
-    with pytest.raises(grpo.BadInput) as caught:
-        grpo.load_model(folder)
-    message = str(caught.value)
-    assert "\n" not in message and str(folder) in message and part in message, message
-
-
-@pytest.mark.parametrize("case", DAMAGE)
-def test_tensors_that_do_not_match(copy_of, case):
-    source, change, part = DAMAGE[case]
-    folder = copy_of(source)
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(folder, part)
-
-
-def test_rotary_tables_that_are_stored_too(copy_of):
-    """Llama 2's files hold one a layer."""
-    folder = copy_of("llama")
-    tensors = load_file(folder / "model.safetensors")
-    before = grpo.load_model(folder).state_dict()
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    after = grpo.load_model(folder).state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_tied_head_that_is_stored_too(copy_of):
+def test_tensors_that_are_stored_too(copy_of):
+    """A table of rotary angles, as in Llama 2's files, and a tied head."""
     folder = copy_of("llama-mqa-tied")
-    tensors = load_file(folder / "model.safetensors")
-    tensors[HEAD] = tensors[EMBED].clone()
+    before, tensors = grpo.load_model(folder), load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    model = grpo.load_model(folder)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    after = grpo.load_model(folder)
+    assert after.lm_head.weight is after.model.embed_tokens.weight
+    same(after.state_dict(), before.state_dict())
 
 
-@pytest.mark.parametrize("part", SETTINGS)
-def test_unsupported_setting(copy_of, part):
-    folder = copy_of("llama")
-    settings = {"rope_theta": THETA} | SETTINGS[part]
-    edit_config(folder, remove=("rope_parameters",), **settings)
-    refused(folder, part)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-@pytest.mark.parametrize("size", [None, 0, 5, 1000])
-def test_damaged_file(copy_of, name, size):
-    path = copy_of("llama") / name
-    content = path.read_bytes()
-    path.unlink()
-    if size is not None:
-        path.write_bytes(content[:size].rstrip(b"}\n "))
-    refused(path.parent)
-
-
-def test_missing_shard(copy_of):
-    folder = copy_of("qwen2-sharded")
-    sorted(folder.glob("model-0*.safetensors"))[1].unlink()
-    refused(folder, "model.layers")
-    refused(folder / "nowhere", "nowhere")
-
-
-# ---------------------------------------------------------------------------- tokenizer, end ids
-
-
-def test_special_ids(copy_of, tmp_path):
+@pytest.mark.parametrize("end", ["w9", {"content": "w9"}], ids=str)
+def test_special_ids(copy_of, tmp_path, end):
     """End ids of config, generation config, tokenizer; ids beyond the tokenizer are not drawn."""
     folder = copy_of("llama")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V - 4)}, unk_token="w0"))
@@ -448,21 +294,16 @@ def test_special_ids(copy_of, tmp_path):
     edit_config(folder, eos_token_id=5)
     generation = {"eos_token_id": [7, 5], "suppress_tokens": [3]}
     (folder / "generation_config.json").write_text(json.dumps(generation))
-    for eos in ("w9", {"content": "w9"}):
-        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
-        model = grpo.load_model(folder)
-        assert model.eos_ids == [5, 7, 9] and model.tokenizer.token_to_id("w9") == 9
-        assert model.vocab_bias.shape == (V,) and not model.is_tiny
-        banned = (model.vocab_bias == -torch.inf).nonzero()[:, 0].tolist()
-        assert banned == [3, V - 4, V - 3, V - 2, V - 1]
-        assert (model.vocab_bias.isfinite() == (model.vocab_bias == 0)).all()
-    grpo.save_model(model, tmp_path / "export")  # the tokenizer's files come along
-    again = grpo.load_model(tmp_path / "export")
-    assert again.eos_ids == model.eos_ids and torch.equal(again.vocab_bias, model.vocab_bias)
-    assert again.tokenizer.to_str() == model.tokenizer.to_str()
-    assert (tmp_path / "export" / "chat_template.jinja").exists()
-    generation = theirs_of(tmp_path / "export").generation_config
-    assert generation.eos_token_id == [7, 5] and generation.suppress_tokens == [3]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    grpo.save_model(grpo.load_model(folder), tmp_path / "export")
+    for path in (folder, tmp_path / "export"):  # the tokenizer's files come along
+        model = grpo.load_model(path)
+        assert model.eos_ids == [5, 7, 9] and not model.is_tiny
+        expected = torch.zeros(V)
+        expected[[3, V - 4, V - 3, V - 2, V - 1]] = -torch.inf
+        assert torch.equal(model.vocab_bias, expected)
+        assert model.tokenizer.to_str() == words.to_str()
+        assert (path / "chat_template.jinja").exists()
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
@@ -472,7 +313,8 @@ def test_a_prompt_begins_with_one_bos(copy_of, chat):
     words = Tokenizer(models.WordLevel({"[unk]": 0, "<s>": 1, "</s>": 2}, unk_token="[unk]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(["<s>", "</s>"])
-    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    bos = {"single": "<s> $A", "special_tokens": [("<s>", 1)]}
+    words.post_processor = processors.TemplateProcessing(**bos)
     words.save(str(folder / "tokenizer.json"))
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(kind))
@@ -482,31 +324,23 @@ def test_a_prompt_begins_with_one_bos(copy_of, chat):
     text = prompter.text(task.problem("train", 0, 0))
     ids = prompter.encode(text)
     assert ids[0] == 1 and ids.count(1) == 1
-    end = "</answer>.<think>" if chat else "</answer>.\nAssistant: Let me solve this step by step.\n<think>"
-    assert text.rstrip().endswith(end)
+    assert text.rstrip().endswith("</answer>.<think>" if chat else "step by step.\n<think>")
 
 
 # ----------------------------------------------------------------------------------- a real model
 
 SMOLLM2 = os.environ.get("SMOLLM2", "")
-smollm2 = pytest.mark.skipif(
+
+
+@pytest.mark.skipif(
     not Path(SMOLLM2, "config.json").exists(),
     reason="no real model: python tests/smollm2.py DIR makes one, then set SMOLLM2=DIR",
 )
-QUESTIONS = ["The capital of France is", "def add(a, b):\n", "1 + 1 = 2\n2 + 2 = 4\n3 + 3 ="]
-
-
-@smollm2
 def test_smollm2():
     model, reference = grpo.load_model(SMOLLM2), theirs_of(SMOLLM2)
     assert model.eos_ids == [2] and model.vocab_bias is None and not model.is_tiny
-    prompts = [model.tokenizer.encode(text).ids for text in QUESTIONS]
-    sampled = greedy(model, prompts, 20)
-    for row, prompt in enumerate(prompts):
-        with torch.no_grad():
-            tokens = torch.tensor([prompt])
-            ours, expected = model.logits(model(tokens)), reference(tokens).logits
-        assert (ours - expected).abs().max() < 1e-3 * expected.abs().max()
-        assert torch.equal(ours.argmax(-1), expected.argmax(-1))
-        expected = reference_greedy(reference, prompt, 20, 2)
-        assert sampled.tokens[row, : sampled.lengths[row]].tolist() == expected
+    for text in ("The capital of France is", "def add(a, b):\n", "1 + 1 = 2\n2 + 2 = 4\n3 + 3 ="):
+        prompt = model.tokenizer.encode(text).ids
+        sampled = greedy(model, [prompt], 20)
+        expected = reference_greedy(reference, prompt, 20, eos=2)
+        assert sampled.tokens[0, : sampled.lengths[0]].tolist() == expected
