@@ -892,7 +892,7 @@ class Run:
                 torch.cuda.set_device(int(os.getenv("LOCAL_RANK", 0)))
                 self.dtype = torch.bfloat16
                 torch._dynamo.config.suppress_errors = True  # no compiler: eager
-            torch.empty(1, device=name)  # complains
+            torch.empty(1, device=name)
         if self.world > 1:
             if self.rank == 0:
                 resolve_model(cfg.model)  # downloads; the others wait
@@ -946,14 +946,14 @@ class Run:
         heldout(prompter.task, cfg.eval_problems)  # complains
         name = f"out/{script.stem}-{type(prompter.task).__name__}-{cfg.seed}-"
         name = cfg.resume or cfg.out or name + time.strftime("%y%m%d-%H%M%S")
+        if not cfg.resume and (Path(name) / "run.json").exists():
+            raise BadInput(f"--out {name} is a run: --resume it")
         self.folder = Path(self.gather(name)[0])
         if cfg.resume:
             state = self.resume(model, optimizer)
             for log in self.folder.glob("*.jsonl"):
                 if self.rank == 0:
                     trim_log(log, state["step"])
-        elif (self.folder / "run.json").exists():
-            raise BadInput(f"--out {name} holds a run: --resume it")
         about = {"script": script.name, "config": asdict(cfg), "torch": torch.__version__}
         about |= {"device": f"{self.world} {self.device}", "checkpointing": model.checkpointing}
         if self.rank == 0:

@@ -149,7 +149,7 @@ def test_files_of_a_run(made, small, script):
     found = read_json(folder / "run.json")
     saved = {path.name for path in last.iterdir()}
     assert found["script"] == f"{script}.py" and "cpu" in found["device"]
-    assert found["torch"] == torch.__version__ and found["command"] == " ".join(sys.argv)
+    assert found["torch"] == torch.__version__ and found["checkpointing"] is False
     assert set(found["config"]) == flags_of(script)
     for name, (chosen, _, _) in module(script).BY_SIZE.items():
         if f"--{name} " not in SMALL[script]:  # chosen, and noted as chosen
@@ -202,16 +202,15 @@ def test_samples(made, small, script):
 
 
 def test_what_a_run_says(run, cwd):
-    """A line a step, a sample every ten steps, a table, and how to go on; where the folder is."""
-    done = run("grpo", "--steps 11 --eval_problems 1 --eval_samples 1")
+    """A line a step, a table, and how to go on; where the folder is."""
+    done = run("grpo", "--steps 3 --eval_problems 1 --eval_samples 1")
     assert (done.code, done.err) == (0, "")
-    steps = [int(n) for n in re.findall(r"^step (\d+)/11\b", done.out, re.MULTILINE)]
-    assert steps == [*range(1, 12), 11, 0]
-    assert len(re.findall(r"<think>' '", done.out)) == 2
+    steps = [int(n) for n in re.findall(r"^step (\d+)/3\b", done.out, re.MULTILINE)]
+    assert steps == [1, 2, 3, 3, 0]
     assert re.search(r"^eval/accuracy +\d\.\d+ -> +\d\.\d+$", done.out, re.MULTILINE)
     (folder,) = (cwd / "out").iterdir()
     assert re.fullmatch(r"grpo-Countdown-0-\d{6}-\d{6}", folder.name)
-    assert f"--resume out/{folder.name} --steps 22" in done.out
+    assert f"--resume out/{folder.name} --steps 6" in done.out
 
 
 @training
