@@ -165,6 +165,7 @@ def test_generalpoints_hands_and_traces():
 def test_generalpoints_failed_attempts_stand_in_the_prompt():
     task = tasks.GeneralPoints(rule=13, turns=5)
     assert task.compact(HAND) == "R13|3,J,K=24<think>" and "K as 13" in task.question(HAND)
+    assert tasks.points_verdict("+3*8", [3, 8], 24) == "illegal"  # a sign in front
     after = task.revise(HAND, '</think><answer>{"formula": "13+11*3"}</answer>')
     assert after["failed"] == [["13+11*3", "wrong_value"]] and not HAND["failed"]
     after = task.revise(after, "<answer>3*11</answer>")
