@@ -127,11 +127,8 @@ class Machine:
     def best(self, work: Callable) -> float:
         """Seconds of the fastest repetition."""
         work()
-        times, began = [], time.perf_counter()
-        while (
-            len(times) < self.sizes["repetitions"]
-            or time.perf_counter() - began < self.sizes["least"]
-        ):
+        times = []
+        while len(times) < self.sizes["repetitions"] or sum(times) < self.sizes["least"]:
             times += alternate([work], 1)
         return min(times)
 
@@ -169,7 +166,7 @@ class Machine:
 
 
 def peak_gb() -> float:
-    """Most resident memory of this process so far, GB (Linux)."""
+    """Most resident memory of this process so far (Linux)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
@@ -180,33 +177,27 @@ class Bench:
     """One model under test, the machine, and the rows of the table."""
 
     def __init__(self, folder: str, sizes: dict, machine: Machine, results: list):
-        self.folder, self.sizes, self.machine, self.results = folder, sizes, machine, results
-        rows, limit = sizes["rows"][-1], sizes["limit"]
-        cfg = grpo.Config(model=folder, device="cpu", max_new_tokens=limit, batch_size=rows)
-        cfg.group_size = sizes["group"]
+        self.sizes, self.machine, self.results = sizes, machine, results
+        cfg = grpo.Config(model=folder, device="cpu", group_size=sizes["group"])
+        cfg.max_new_tokens, cfg.batch_size = sizes["limit"], sizes["rows"][-1]
         self.run = grpo.Run(cfg)
         for number in (signal.SIGINT, signal.SIGTERM):  # which end a measurement at once
             signal.signal(number, signal.SIG_DFL)
         self.model, _ = self.run.load(grpo.BY_SIZE)
-        self.config, self.section = self.model.config, ""
         task = make_task("countdown", "", natural=not self.model.is_tiny)
         self.prompter = grpo.Prompter(self.model, task, chat=False)
-
-    def prompts(self, count: int) -> list[list[int]]:
-        problems = [self.prompter.task.problem("train", 0, i) for i in range(count)]
-        return [self.prompter.encode(self.prompter.text(problem)) for problem in problems]
 
     def bound(self, prompts: list[list[int]], lengths: list[int]) -> float:
         """Of sampling."""
         passes = sampling_passes([len(prompt) for prompt in prompts], lengths)
-        return self.machine.sampling_bound(self.config, passes)
+        return self.machine.sampling_bound(self.model.config, passes)
 
-    def row(self, case: str, seconds: float, bound: float, **values: float) -> None:
+    def row(self, section: str, case: str, seconds: float, bound: float, **values: float) -> None:
         """Keep a row of the table, and print it."""
         values = {"seconds": seconds, "bound": bound, "share": bound / seconds} | values
         shown = "".join(f"{name:>11} {value:<9.4g}" for name, value in values.items())
-        print(f"{self.section:8} {case:32}{shown}", flush=True)
-        about = {"section": self.section, "model": self.folder, "case": case}
+        print(f"{section:8} {case:32}{shown}", flush=True)
+        about = {"section": section, "model": self.run.cfg.model, "case": case}
         self.results.append(about | values)
 
 
@@ -227,9 +218,9 @@ def measure_step(b: Bench) -> None:
     lengths = [len(c.tokens) for c in done]
     bound = b.bound([c.prompt for c in done[:: cfg.group_size]], lengths)
     case = f"{cfg.batch_size} x {sum(lengths) / len(lengths):.0f} tokens"
-    b.row(f"sample: {case}", sample, bound, GB=peaks[0])
-    bound = b.machine.gemm_bound(b.config, training_passes(run, done))
-    b.row(f"train: {case}", train, bound, GB=peak_gb())
+    b.row("step", f"sample: {case}", sample, bound, GB=peaks[0])
+    bound = b.machine.gemm_bound(b.model.config, training_passes(run, done))
+    b.row("step", f"train: {case}", train, bound, GB=peak_gb())
 
 
 def make_generate(folder: str) -> Callable:
@@ -259,10 +250,11 @@ def make_generate(folder: str) -> Callable:
 
 def measure_sampler(b: Bench) -> None:
     """grpo.generate against transformers' generate."""
-    theirs, b.model.eos_ids = make_generate(b.folder), []
+    theirs, b.model.eos_ids = make_generate(b.run.cfg.model), []
     for rows in b.sizes["rows"]:
         group = min(rows, b.sizes["group"])
-        prompts = b.prompts(rows // group)
+        problems = [b.prompter.task.problem("train", 0, i) for i in range(rows // group)]
+        prompts = [b.prompter.encode(b.prompter.text(problem)) for problem in problems]
         for new in b.sizes["new"]:
             for temperature in (0.0, 1.0):
                 numbers = [grpo.row_uniforms(0, 1, 0, i, new) for i in range(rows)]
@@ -275,7 +267,7 @@ def measure_sampler(b: Bench) -> None:
                 if not temperature:
                     values["same"] = found.float().mean().item()
                 case = f"{rows} rows x {new}, T = {temperature:g}"
-                b.row(case, seconds, b.bound(prompts, [new] * rows), **values)
+                b.row("sampler", case, seconds, b.bound(prompts, [new] * rows), **values)
 
 
 SECTIONS = {"step": measure_step, "sampler": measure_sampler}
@@ -286,14 +278,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--model", default=str(ROOT / "models" / "tiny"), help="folder of a model")
     parser.add_argument("--only", default="", choices=SECTIONS, help="one section (default: all)")
-    parser.add_argument("--rounds", type=int, default=0, help="alternating rounds (default: 3)")
     parser.add_argument("--rows", default="", help="batch sizes of `sampler` (default: 1,8,64)")
     parser.add_argument("--new", default="", help="new tokens of `sampler` (default: 64,256)")
     parser.add_argument("--quick", action="store_true", help="few repetitions and small sizes")
     parser.add_argument("--json", default="", help="file for everything that was measured")
     flags = parser.parse_args(argv)
     sizes = dict(QUICK if flags.quick else FULL)
-    sizes["rounds"] = flags.rounds or sizes["rounds"]
     for name in ("rows", "new"):
         if getattr(flags, name):
             sizes[name] = tuple(map(int, getattr(flags, name).split(",")))
@@ -304,9 +294,8 @@ def main(argv: list[str] | None = None) -> int:
     for folder in filter(None, (flags.model, os.environ.get("SMOLLM2"))):
         print(f"\n{folder}")
         for name in [flags.only] if flags.only else SECTIONS:
-            b = Bench(folder, sizes, machine, results)  # afresh: a step leaves an optimizer behind
-            b.section = name
-            SECTIONS[name](b)
+            # afresh: a step leaves an optimizer behind
+            SECTIONS[name](Bench(folder, sizes, machine, results))
     if flags.json:
         found = json.dumps({"machine": about, "sizes": sizes, "rows": results}, indent=1)
         Path(flags.json).write_text(found, encoding="utf-8")
