@@ -23,8 +23,9 @@ QWEN = {
 HALF = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
 HALF["num_attention_heads"] = 14
 TINY = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 230, "num_hidden_layers": 4}
-LARGE = {"lr": 1e-6, "batch_size": 512, "max_new_tokens": 1024, "micro_batch_tokens": 16384}
-CHOSEN = {"ppo": {"critic_lr": 1e-5, "repetition_n": 40}}  # beyond LARGE
+LARGE = {"lr": 1e-6, "batch_size": 512, "max_new_tokens": 1024, "micro_batch_tokens": 10139}
+CHOSEN = {"ppo": {"critic_lr": 1e-5, "repetition_n": 40, "micro_batch_tokens": 8192}}
+ADDED = {"ppo": (30,)}  # bytes a parameter: the critic is trained, too
 MODULES = {script: importlib.import_module(script) for script in TRAINING}
 every = pytest.mark.parametrize("script", [s for s in MODULES if hasattr(MODULES[s], "rollout")])
 # what trains on groups of its own answers
@@ -37,17 +38,20 @@ grouped = pytest.mark.parametrize(
 def load(monkeypatch):
     """Run.load on a pretended device: the run, the model to train, the one to sample from."""
 
-    def load(script: str, device: str, flags: str = "", **changes):
+    def load(script: str, device: str, flags: str = "", card: float = 85e9, **changes):
+        """On a card with so many bytes; 600 MB are gone before the weights come."""
         module = MODULES[script]
         with torch.device("meta"):
             model = module.Model(QWEN | changes)
         monkeypatch.setattr(module, "resolve_model", str)
         monkeypatch.setattr(module, "load_model", lambda folder, device: model)
+        free = card - 6e8 - 4 * sum(p.numel() for p in model.parameters())
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), int(card)))
         run = module.Run.__new__(module.Run)
         run.rank, run.world, run.device = 0, 1, torch.device(device)
         run.cfg = module.parse_config(module.Config, flags.split())
         run.dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        return run, *run.load(module.BY_SIZE)
+        return run, *run.load(module.BY_SIZE, *ADDED.get(script, ()))
 
     return load
 
@@ -61,20 +65,38 @@ def test_a_run_that_an_expert_would_have_configured_fits_one_card(load, script):
     MODULES[script].check_flags(cfg)
     assert cfg.batch_size == 32 * cfg.group_size
     parameters = sum(p.numel() for p in model.parameters())
-    assert parameters == 1543714304 and model.checkpointing
+    assert parameters == 1543714304 and model.checkpointing == (script == "ppo")
     # weights for Adam in float32, a copy in bfloat16 to sample from, products in bfloat16
     assert model.lm_head.weight.dtype == torch.float32 and model.compute_dtype == torch.bfloat16
     assert {(p.dtype, p.requires_grad) for p in sampler.parameters()} == {(torch.bfloat16, False)}
 
-    rows = MODULES[script].rows_at_once(sampler, cfg.max_new_tokens + 256)
-    assert rows >= cfg.batch_size  # all rows of a step are sampled together
-    token = 2 * 28 * 2 * 128 * 2  # keys and values of 28 layers, 2 heads of 128, in bfloat16
-    cache = rows * (cfg.max_new_tokens + 256) * token
-    activations = 3 * cfg.micro_batch_tokens * 28 * 1536 * 2  # the inputs of the layers
-    logits = 12 * 2**26  # at a time, in float32, with their gradient and softmax
+    row = (cfg.max_new_tokens + 256) * 2 * 28 * 2 * 128 * 2  # keys, values of 28 layers, 2 heads
     trained = 2 if script == "ppo" else 1  # models in training: the critic is one more
-    weights = (16 * trained + 2) * parameters  # weight, gradient, two moments; the copy
-    assert weights + cache + activations + logits < 80e9
+    states = (16 * trained + 2) * parameters  # weight, gradient, two moments; the copy
+    layer = 10 * 1536 + 4 * 8960  # what the parts of a layer keep of a token
+    kept = 28 * 1536 + layer if model.checkpointing else 28 * layer
+    training = 2 * cfg.micro_batch_tokens * kept * trained + 16 * 85e9 / 160  # and logits
+    assert states + training < 78e9
+    assert (85e9 - 6e8 - states + 4 * parameters * trained) / 2 / row > cfg.batch_size
+
+
+@every
+def test_what_the_free_memory_decides(load, script):
+    """The less, the smaller the micro-batch, down to 4096 tokens; then layers are computed again."""
+    most = MODULES[script].BY_SIZE["micro_batch_tokens"][2]
+    choices = []
+    for card in (16e9, 24e9, 40e9, 48e9, 64e9, 85e9, 200e9):
+        run, model, _ = load(script, "cuda", card=card)
+        choices.append((model.checkpointing, run.cfg.micro_batch_tokens))
+    again = [tokens for checkpointing, tokens in choices if checkpointing]
+    whole = [tokens for checkpointing, tokens in choices if not checkpointing]
+    assert choices == sorted(choices, key=lambda choice: not choice[0]) and again and whole
+    assert set(again) == {most} and whole == sorted(whole) and whole[-1] == most
+    assert whole[0] >= min(4096, most)
+    run, model, _ = load(script, "cuda", "--micro_batch_tokens 512")
+    assert run.cfg.micro_batch_tokens == 512
+    run, model, _ = load(script, "cuda", **HALF)
+    assert not model.checkpointing and run.cfg.micro_batch_tokens == most
 
 
 @every
@@ -86,19 +108,19 @@ def test_the_larger_the_model_the_lower_the_rate(load, script, device):
     for column, changes in enumerate((TINY, HALF, {})):
         run, model, sampler = load(script, device, "--batch_size 64", **changes)
         for name, values in by_size.items():
-            large = device == "cuda" and name == "micro_batch_tokens"
-            expected = 64 if name == "batch_size" else values[2 if large else column]
-            assert getattr(run.cfg, name) == expected, name
+            expected = 64 if name == "batch_size" else values[column]
+            if name != "micro_batch_tokens" or device == "cpu":
+                assert getattr(run.cfg, name) == expected, name
         group = getattr(run.cfg, "group_size", 1)
         assert all(rows % group == 0 for rows in by_size["batch_size"])
-        assert (sampler is model) == (device == "cpu") and model.checkpointing == (column == 2)
+        assert (sampler is model) == (device == "cpu")
+        if device == "cpu":
+            assert model.checkpointing == (column == 2)
 
 
 @every
 def test_rows_at_once(load, script):
-    """As many rows as 1 GB of cache holds on a CPU, at most 256; 20 GB elsewhere."""
+    """As many rows as 1 GB of cache holds, at most 256; on CUDA see test_device.py."""
     _, _, model = load(script, "cuda")  # a token: 28 KiB in bfloat16
     rows = MODULES[script].rows_at_once
-    assert [rows(model, n) for n in (1000, 10000)] == [697, 69]
-    model.lm_head = torch.nn.Linear(1, 1)  # stands on the CPU
-    assert [rows(model, n) for n in (100, 2000, 4000)] == [256, 17, 8]
+    assert [rows(model, n) for n in (100, 1000, 10000)] == [256, 34, 3]
