@@ -2,6 +2,7 @@
 
     python tests/gpu.py                  # a random model of Qwen2.5-1.5B's shape, made on the spot
     python tests/gpu.py --model DIR      # another: a step of sft.py is timed, too
+    python tests/gpu.py --model DIR --device cpu    # the same with the sizes of a laptop
     python tests/gpu.py --device cpu --quick    # a small shape, to see that everything runs
 
 A random model shows time, not learning: no answer ends, and every answer is trained.
@@ -41,6 +42,7 @@ QWEN |= {"tie_word_embeddings": True, "architectures": ["Qwen2ForCausalLM"], "eo
 SMALL = QWEN | {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "vocab_size": 600}
 FULL = {"shape": QWEN, "rows": (1, 64, 512), "new": 128, "prompt": 150, "group": 16, "rounds": 3}
+LAPTOP = FULL | {"rows": (1, 64), "new": 64, "prompt": 140, "group": 8}
 QUICK = {"shape": SMALL, "rows": (1, 4), "new": 20, "prompt": 9, "group": 2, "rounds": 1}
 
 
@@ -290,6 +292,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes")
     args = parser.parse_args()
     sizes, flags = FULL, ""
+    if args.device == "cpu":
+        sizes, flags = LAPTOP, "--batch_size 64 --group_size 8 --max_new_tokens 120"
     if args.quick:
         sizes, flags = QUICK, "--batch_size 4 --group_size 2 --max_new_tokens 12"
     with tempfile.TemporaryDirectory() as made:
