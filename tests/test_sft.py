@@ -166,21 +166,44 @@ def test_chat_learns_every_assistant_turn_and_nothing_else():
 
 def test_a_run_takes_every_line_in_a_new_order_each_epoch(run, cwd, small, monkeypatch):
     """And the learning rate of a step for all parameters, norms too."""
-    seen, rates, update = [], [], sft.update_model
+    seen, rates, add, update = [], [], sft.add_gradients, sft.update_model
 
-    def noted(run, model, optimizer, rows, lr):
+    def noted(run, model, rows, num_tokens):
         seen.extend(len(ids) - 3 for ids, _ in rows)
-        metrics = update(run, model, optimizer, rows, lr)
+        return add(run, model, rows, num_tokens)
+
+    def updated(run, model, optimizer, parts, lr):
+        metrics = update(run, model, optimizer, parts, lr)
         rates.append([group["lr"] for group in optimizer.param_groups])
         return metrics
 
-    monkeypatch.setattr(sft, "update_model", noted)
+    monkeypatch.setattr(sft, "add_gradients", noted)
+    monkeypatch.setattr(sft, "update_model", updated)
     path = write(cwd, *({"prompt": "1=", "completion": "x" * n} for n in range(1, 6)))
     flags = f"--data {path} --steps 5 --batch_size 4 --eval_problems 0 --lr 0.01 --out a"
     assert run("sft", flags).code == 0
     epochs = [tuple(seen[i : i + 5]) for i in range(0, 20, 5)]
     assert all(sorted(epoch) == [1, 2, 3, 4, 5] for epoch in epochs) and len(set(epochs)) > 1
     assert rates == [[pytest.approx(0.001 * step)] * 2 for step in range(1, 6)]
+
+
+def test_the_next_traces_are_written_while_a_gpu_computes(run, cwd, monkeypatch):
+    """Between the last backward pass and the first number that is read back."""
+    order = []
+
+    def follow(name):
+        real = getattr(sft, name)
+
+        def noted(*args, **options):
+            order.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(sft, name, noted)
+
+    for name in ("add_gradients", "trace_example", "update_model"):
+        follow(name)
+    assert run("sft", "--steps 2 --batch_size 1 --eval_problems 0").code == 0
+    assert order[2:] == ["add_gradients", "trace_example", "update_model"] * 2
 
 
 def test_a_new_model_starts_from_scratch_and_is_resumed(run, cwd):

@@ -1,7 +1,6 @@
 """Verifiers, shaped rewards and tasks on numbers that the reference implementations gave.
 
-The folder is tests/vectors, or the one in the environment variable VECTORS; missing files and
-sections are skipped. Cases whose level is `must` or `recommended` have to agree; `optional` and
+The folder is tests/vectors, or the one in the environment variable VECTORS. Cases whose level is `must` or `recommended` have to agree; `optional` and
 `either` only must not crash. The sections on a script's equations are read in the script's tests.
 """
 
@@ -16,11 +15,12 @@ from more import tasks
 
 
 def cases(file: str, section: str, *keys: str, keep=lambda case: True):
-    """A parametrize mark with the cases of a section (of one of its lists), if there are any."""
-    found = vectors(file).get(section, {})
+    """A parametrize mark with the cases of a section (of one of its lists)."""
+    found = vectors(file)[section]
     for key in keys:
-        found = found.get(key, {})
-    found = [found] if found and isinstance(found, dict) else list(filter(keep, found))
+        found = found[key]
+    found = [found] if isinstance(found, dict) else list(filter(keep, found))
+    assert found
     names = [str(case.get("id", i)) for i, case in enumerate(found)]
     return pytest.mark.parametrize("case", found, ids=names)
 
