@@ -515,7 +515,7 @@ class GSM8K:
 
     def __post_init__(self):
         if not self.data:
-            raise BadInput(f"gsm8k and math read a file: --data FILE.jsonl ({self.FIELD}, answer)")
+            raise BadInput(f"{type(self).__name__} reads a file: give --data FILE.jsonl")
         self.streams = {"train": [], "test": []}
         for problem in read_jsonl(self.data, self.read):
             self.streams[split_of(self.key(problem))].append(problem)
@@ -628,8 +628,8 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"epoch {seed} {epoch}").sample(range(count), count)
 
 
-TASKS = {"countdown": Countdown, "gsm8k": GSM8K, "math": Math}
-TASKS |= {"multiplication": "Multiplication", "generalpoints": "GeneralPoints"}  # more/tasks.py
+TASKS = {"countdown": Countdown, "gsm8k": GSM8K, "math": Math}  # below: more/tasks.py
+TASKS |= {"multiplication": "Multiplication", "generalpoints": "GeneralPoints", "code": "Code"}
 TASKS |= {"knights": "KnightsAndKnaves", "navigation": "Navigation", "notations": "Notations"}
 TASKS |= {"affine": "AffineChain", "s3": "S3", "prosqa": "ProsQA", "chains": "Chains"}
 

@@ -9,6 +9,7 @@
     prosqa         ProsQA            two concepts, one above a node of a graph (2412.06769 app. A.2)
     chains         Chains            problems with steps, from a file: ProsQA, ProntoQA, GSM8K-Aug
     notations      Notations         countdown in two notations (R1's language mixing, 2501.12948)
+    code           Code              programs against tests, from a file (AceCode, 2502.01718)
 
 rewards.py says what a task is, and knows these by their short names. What stands here, one
 experiment or one script uses: those of docs/sft_experiments.md, coconut.py, recurrent_depth.py.
@@ -37,6 +38,7 @@ from rewards import (
     evaluate,
     expression_tokens,
     extract_answer,
+    mean,
     random_tree,
     read_rows,
     reading,
@@ -1130,6 +1132,48 @@ def from_prontoqa(item: dict) -> dict:
 
 def strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+# ------------------------------------------------------------------------ programs and tests
+
+
+@dataclass
+class Code(GSM8K):
+    """Python programs, right if all tests pass: lines {"question", "test_cases": [assert, ...]}.
+
+    It runs what a model wrote, behind the fence of more/sandbox.py: hence allow=1. AceCode's own
+    lines are of this form; the first `max_tests` of a problem count (arXiv:2502.01718 sec. 3).
+    """
+
+    allow: bool = False
+    max_tests: int = 16
+
+    def __post_init__(self):
+        if not self.allow:
+            raise BadInput("code runs programs that a model wrote: in a container, give allow=1")
+        super().__post_init__()
+
+    def read(self, row: dict) -> dict:
+        from more.sandbox import read_test
+
+        tests = row.get("test_cases")
+        if not tests or not strings(tests):
+            raise BadInput('"test_cases" must be a list of asserts')
+        for test in tests:
+            read_test(test)  # complains
+        return {"question": text_of(row, "question"), "tests": tests[: self.max_tests]}
+
+    def question(self, problem: dict) -> str:
+        return f"{problem['question']}\n{INSTRUCTION}, a Python program in a ```python block."
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        """Also the share of tests that passed."""
+        from more.sandbox import program_of, run_tests
+
+        answer, passed = extract_answer(text), [False]
+        if answer is not None:
+            passed, _ = run_tests(program_of(answer), problem["tests"])
+        return score(text, answer, all(passed), **kw) | {"pass_rate": mean(passed)}
 
 
 # ----------------------------------------------------------------- countdown in two notations

@@ -1,5 +1,6 @@
 """more/sandbox.py: right programs pass, hostile ones pass nothing and leave nothing behind."""
 
+import json
 import os
 import sys
 import time
@@ -10,6 +11,8 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "more"))
 import sandbox  # noqa: E402
+
+from rewards import BadInput, make_task  # noqa: E402
 
 GOOD = """
 from collections import Counter
@@ -164,3 +167,45 @@ def test_hostile_programs(name, tmp_path, monkeypatch):
     assert children() <= before and not list(tmp_path.iterdir())  # neither process nor file stays
     assert not os.path.exists("/tmp/sandbox-was-here") and victim.exists()
     victim.rmdir()
+
+
+LINE = {
+    "question": "Write f(x), x plus one.",
+    "test_cases": ["assert f(3) == 4", "assert f(0) == 1"],
+}
+
+
+def answer_of(body: str) -> str:
+    return f"Think.</think><answer>```python\ndef f(x):\n    return {body}\n```</answer>"
+
+
+def test_code_is_a_task_of_its_own(tmp_path):
+    path = tmp_path / "code.jsonl"
+    path.write_text("\n".join(json.dumps(LINE | {"question": f"{i}"}) for i in range(30)))
+    task = make_task("code:allow=1,max_tests=1", str(path), natural=True)
+    problem = task.problem("train", 0, 0)
+    assert problem["tests"] == ["assert f(3) == 4"] and problem["question"] in task.question(
+        problem
+    )
+    whole = {"tests": LINE["test_cases"]}
+    for body, rate in (("x + 1", 1.0), ("4", 0.5), ("x +", 0.0), ("1 / 0", 0.0)):
+        found = task.score(answer_of(body), whole)
+        assert (found["correct"], found["pass_rate"]) == (rate == 1, rate), body
+        assert found["total"] == (rate == 1) + 0.1
+    assert task.score("no answer", whole)["pass_rate"] == 0
+
+
+@pytest.mark.parametrize(
+    "spec, line, said",
+    [
+        ("code", LINE, "allow=1"),
+        ("code:allow=1", LINE | {"test_cases": ["f(3) == 4"]}, "not one assert"),
+        ("code:allow=1", LINE | {"test_cases": "assert f(3)"}, "list of asserts"),
+        ("code:allow=1", LINE | {"question": ""}, "question"),
+    ],
+)
+def test_code_refuses(tmp_path, spec, line, said):
+    path = tmp_path / "code.jsonl"
+    path.write_text(json.dumps(line))
+    with pytest.raises(BadInput, match=said):
+        make_task(spec, str(path), natural=True)
