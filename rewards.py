@@ -515,7 +515,7 @@ class GSM8K:
 
     def __post_init__(self):
         if not self.data:
-            raise BadInput(f"{type(self).__name__} reads a file: give --data FILE.jsonl")
+            raise BadInput(f"{type(self).__name__.lower()} reads a file: give --data FILE.jsonl")
         self.streams = {"train": [], "test": []}
         for problem in read_jsonl(self.data, self.read):
             self.streams[split_of(self.key(problem))].append(problem)
