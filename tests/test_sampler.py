@@ -17,20 +17,18 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
-from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo  # noqa: E402
 
 V = 23  # vocabulary
-HIDDEN = 24
 BELOW_1 = 1 - 2**-24  # the largest float32 below 1
 CPU = torch.device("cpu")
 
 
 def make_model(vocab=V, eos=(), banned=(), seed=0, **changes):
     """A random model in float64; its distributions are far from uniform and from one token."""
-    config = {"model_type": "llama", "vocab_size": vocab, "hidden_size": HIDDEN}
+    config = {"model_type": "llama", "vocab_size": vocab, "hidden_size": 24}
     config |= {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     config |= {"num_key_value_heads": 2, "head_dim": 6, "rms_norm_eps": 1e-5, "rope_theta": 100.0}
     model = grpo.Model(config | {"tie_word_embeddings": False} | changes)
@@ -71,128 +69,51 @@ def next_logits(model, tokens):
         return model.logits(model(torch.tensor([tokens])))[0, -1]
 
 
-# ------------------------------------------------------------------- the same whatever the batch
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_batch_invariance(temperature):
-    model, prompts, group, steps = make_model(eos=(3, 7)), make_prompts(5), 4, 30
-    rows, alone = pairs(5, group), {}
+    """Row by row as if it were alone, though rows leave the batch."""
+    model, prompts, steps = make_model(eos=(3, 7)), make_prompts(5), 30
+    rows, alone = pairs(5, 4), {}
     for row in rows:
         s = grpo.generate(model, [prompts[row[0]]], numbers([row], steps), temperature)
         alone[row] = ended(s, 0), s.logprobs[0, : s.lengths[0]]
-    if temperature:  # many leave early, so rows are compacted
-        assert len({len(tokens) for (tokens, _), _ in alone.values()}) > 5
-    layouts = {
-        "one batch": (rows, group),
-        "prompts turned round": (rows[::-1], group),
-        "every row its own prompt": (random.Random(0).sample(rows, len(rows)), 1),
-        "half the group": ([(p, s) for p in (1, 3) for s in (2, 0)], 2),
-        "one prompt": ([(2, s) for s in range(group)], group),
-    }
-    for name, (layout, size) in layouts.items():
+    shuffled = random.Random(0).sample(rows, len(rows))
+    few = [(p, s) for p in (1, 3) for s in (2, 0)]
+    for layout, size in ((rows, 4), (rows[::-1], 4), (shuffled, 1), (few, 2)):
         asked = [prompts[p] for p, _ in layout[::size]]
         s = grpo.generate(model, asked, numbers(layout, steps), temperature)
         for row, key in enumerate(layout):
             expected, logprobs = alone[key]
-            assert ended(s, row) == expected, name
+            assert ended(s, row) == expected
             ours = s.logprobs[row, : len(logprobs)]
             torch.testing.assert_close(ours, logprobs, atol=1e-6, rtol=0)
 
 
-def test_longer_limit_goes_on_from_the_same_tokens():
-    model, prompts = make_model(eos=(3,)), make_prompts(4)
-    short, long = (grpo.generate(model, prompts, numbers(pairs(4, 2), n)) for n in (9, 40))
-    for row in range(8):
-        assert ended(long, row)[0][: len(ended(short, row)[0])] == ended(short, row)[0]
-
-
-def test_float32_differs_only_on_a_step_of_the_cdf():
-    model, prompts, rows, steps = make_model(vocab=200), make_prompts(8), pairs(8, 8), 40
-    uniforms = numbers(rows, steps)
-    exact = grpo.generate(model, prompts, uniforms).tokens
-    model.float()
-    batch = grpo.generate(model, prompts, uniforms).tokens
-    model.double()
-    same = 0
-    for row, other in enumerate(batch):
-        different = (exact[row] != other).nonzero()
-        if not len(different):
-            same += 1
-            continue
-        first = int(different[0])
-        logits = next_logits(model, prompts[row // 8] + exact[row, :first].tolist())
-        gap = (logits.softmax(-1).cumsum(-1) - uniforms[row, first].double()).abs().min()
-        assert gap < 1e-5, f"row {row} leaves at token {first}, {gap:.1e} from a step"
-    assert same > 54  # of 64
-
-
-# --------------------------------------------------------------------------------- distributions
-
-
-def chi_square_limit(freedom, z=3.7):
-    """The chi-square value exceeded with probability 1e-4 (Wilson and Hilferty's approximation)."""
-    return freedom * (1 - 2 / (9 * freedom) + z * math.sqrt(2 / (9 * freedom))) ** 3
-
-
-def agrees(counts, probs):
-    """Do counts come from probs? Rare outcomes are pooled; an impossible one decides."""
-    total, statistic, freedom, rare_seen, rare = sum(counts.values()), 0.0, -1, 0, 0.0
-    if any(probs.get(outcome, 0.0) == 0.0 for outcome in counts):
-        return False
-    for outcome, p in probs.items():
-        seen, expected = counts.get(outcome, 0), p * total
-        if expected < 8:
-            rare_seen, rare = rare_seen + seen, rare + expected
-        else:
-            statistic, freedom = statistic + (seen - expected) ** 2 / expected, freedom + 1
-    if rare:
-        statistic, freedom = statistic + (rare_seen - rare) ** 2 / rare, freedom + 1
-    return statistic < chi_square_limit(freedom)
-
-
-def target(logits, temperature=1.0):
-    """The distribution asked for, in plain Python."""
-    weights = [math.exp((x - max(logits)) / temperature) for x in logits]
-    return {token: w / sum(weights) for token, w in enumerate(weights) if w}
-
-
-LOGITS = [0.3, -1.2, 2.0, -math.inf, 0.9, -4.0, 0.3, 1.1, -2.5]
-
-
-@pytest.mark.parametrize("asked", [0.6, 1.0, 1.1, 1.7])
-def test_draw_has_the_right_distribution(asked):
-    """And the test would see a temperature that is off by a tenth."""
-    uniforms = torch.rand(20000, 1, generator=torch.Generator().manual_seed(5))
-    for temperature in (asked, 1.1 * asked, asked / 1.1):
-        probs = (torch.tensor(LOGITS) / temperature).softmax(-1).expand(20000, -1)
-        tokens = grpo.draw(probs, uniforms)
-        assert tokens.shape == (20000, 1)
-        counts = Counter(tokens[:, 0].tolist())
-        assert agrees(counts, target(LOGITS, asked)) == (temperature == asked)
-
-
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.4])
 def test_generate_has_the_right_joint_distribution(temperature):
-    """Three tokens of 20000 rows, against every sequence enumerated; token 4 ends a row."""
+    """Three tokens of 20000 rows, against every sequence enumerated; token 4 ends a row.
+
+    A temperature that is off by a sixth fails.
+    """
     model, prompt, count = make_model(vocab=6, eos=(4,), banned=(5,), seed=3), [1, 2, 0], 20000
     probs = {(): 1.0}
     for _ in range(3):
-        longer = {}
-        for tokens, p in probs.items():
-            if 4 in tokens:
-                longer[tokens] = p
-                continue
+        longer = {tokens: p for tokens, p in probs.items() if 4 in tokens}
+        for tokens, p in probs.items() - longer.items():
             logits = next_logits(model, prompt + list(tokens)).tolist()
-            for token, q in target(logits, temperature).items():
-                longer[(*tokens, token)] = p * q
+            weights = [math.exp((x - max(logits)) / temperature) for x in logits]
+            for token, weight in enumerate(weights[:5]):
+                longer[(*tokens, token)] = p * weight / sum(weights)
         probs = longer
-    assert len(probs) > 15
-    uniforms = numbers(pairs(1, count), 3)
+    common = [tokens for tokens, p in probs.items() if p * count > 8]
     for factor in (1, 1.15):
-        s = grpo.generate(model, [prompt], uniforms, temperature * factor)
-        counts = Counter(tuple(ended(s, row)[0]) for row in range(count))
-        assert agrees(counts, probs) == (factor == 1)
+        s = grpo.generate(model, [prompt], numbers(pairs(1, count), 3), temperature * factor)
+        seen = Counter(tuple(ended(s, row)[0]) for row in range(count))
+        assert seen.keys() <= probs.keys()
+        expected = {tokens: probs[tokens] * count for tokens in common}
+        chi = sum((seen[tokens] - n) ** 2 / n for tokens, n in expected.items())
+        limit = len(common) + 4 * math.sqrt(2 * len(common))  # four deviations above its mean
+        assert (chi < limit) == (factor == 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -217,58 +138,35 @@ def test_draw_takes_the_first_token_above_the_number():
     assert (grpo.draw(broken, u) < 4).all()
 
 
-# -------------------------------------------------------------------- log-probabilities returned
-
-
 @pytest.mark.parametrize("banned", [(), (0, 20, 21, 22)], ids=["all", "padded"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.4])
 def test_returned_logprobs_are_those_of_training(temperature, banned):
     model, prompts = make_model(eos=(3, 7), banned=banned).float(), make_prompts(4)
     s = grpo.generate(model, prompts, numbers(pairs(4, 3), 25), temperature)
     assert s.logprobs.dtype == torch.float32 and s.tokens.dtype == torch.long
-    rows = [ended(s, row)[0] for row in range(12)]
-    asked = [prompts[row // 3] for row in range(12)]
-    whole = [prompt + own for prompt, own in zip(asked, rows, strict=True)]
-    masks = [[0] * len(prompt) + [1] * len(own) for prompt, own in zip(asked, rows, strict=True)]
-    tokens, mask = grpo.pad_rows(whole, CPU, torch.long), grpo.pad_rows(masks, CPU, torch.bool)
+    rows = [(prompts[row // 3], ended(s, row)[0]) for row in range(12)]
+    masks = [[0] * len(prompt) + [1] * len(own) for prompt, own in rows]
+    mask = grpo.pad_rows(masks, CPU, torch.bool)
+    tokens = grpo.pad_rows([prompt + own for prompt, own in rows], CPU, torch.long)
     logprobs, _ = grpo.completion_logprobs(model, tokens, mask, temperature)
-    ours = torch.cat([s.logprobs[row, : len(own)] for row, own in enumerate(rows)])
+    ours = torch.cat([s.logprobs[row, : len(own)] for row, (_, own) in enumerate(rows)])
     torch.testing.assert_close(logprobs[mask[:, 1:]], ours, atol=1e-4, rtol=0)
-    assert not {token for row in rows for token in row} & set(banned)
+    assert not {token for _, own in rows for token in own} & set(banned)
 
 
-def test_banned_ids():
-    """Never sampled, whatever the number; training sees the same masked distribution."""
-    banned = (0, 11, 21, 22)
-    plain, model = make_model(), make_model(banned=banned)
-    grid = torch.linspace(0, BELOW_1, 200)[:, None].expand(-1, 3)
-    for temperature in (1.0, 3.0, 0.0):
-        s = grpo.generate(model, [[5, 6]], grid, temperature)
-        assert not set(s.tokens.flatten().tolist()) & set(banned)
-        assert s.logprobs.isfinite().all()
-    free = grpo.generate(plain, [[5, 6]], grid, temperature=3.0)
-    assert set(free.tokens.flatten().tolist()) >= set(banned)
-    tokens, mask = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1]])
-    logits = plain.lm_head(plain(tokens))[:, :-1]
-    logits[..., list(banned)] = -torch.inf
-    expected = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0] * mask[:, 1:]
-    ours, entropy = grpo.completion_logprobs(model, tokens, mask)
-    torch.testing.assert_close(ours, expected)
-    unmasked, _ = grpo.completion_logprobs(plain, tokens, mask)
-    trained = mask[:, 1:] == 1
-    assert (ours - unmasked)[trained].abs().min() > 1e-3
-    assert entropy.isfinite().all() and (entropy[trained] > 0).all()
-
-
-# ------------------------------------------------------------------------------ where a row ends
+def test_greedy_tokens_are_the_best_that_are_not_banned():
+    model, text = make_model(banned=(0, 11, 21, 22)), [5, 6]
+    tokens = grpo.generate(model, [text], torch.zeros(1, 9), 0.0).tokens[0].tolist()
+    for token in tokens:
+        assert next_logits(model, text)[token] == next_logits(model, text).max() > -math.inf
+        text = [*text, token]
 
 
 def test_end_of_text():
     """Every id of the list ends a row; it is part of the row; before it all is as without."""
-    prompts, steps = make_prompts(6), 33
-    uniforms = numbers(pairs(6, 5), steps)
+    prompts, uniforms = make_prompts(6), numbers(pairs(6, 5), 33)
     free = grpo.generate(make_model(), prompts, uniforms)
-    assert free.lengths.tolist() == [steps] * 30 and not free.finished.any()
+    assert free.lengths.tolist() == [33] * 30 and not free.finished.any()
     for eos in ((3,), (7, 3), (3, 7, 11, 2), tuple(range(V))):
         s = grpo.generate(make_model(eos=eos), prompts, uniforms)
         for row, tokens in enumerate(free.tokens.tolist()):
@@ -278,15 +176,6 @@ def test_end_of_text():
     assert s.lengths.tolist() == [1] * 30  # every id ends the text
 
 
-def test_end_of_text_as_the_last_token_allowed():
-    uniforms = numbers([(0, 0)], 20)
-    tokens = grpo.generate(make_model(), [[4, 5]], uniforms).tokens[0].tolist()
-    first = next(i for i, token in enumerate(tokens) if token not in tokens[:i] and i > 3)
-    for limit, finished in ((first, False), (first + 1, True), (first + 2, True)):
-        s = grpo.generate(make_model(eos=(tokens[first],)), [[4, 5]], uniforms[:, :limit])
-        assert ended(s, 0) == (tokens[: first + 1][:limit], finished)
-
-
 PIECES = ["a", "b", "c", "ab", "bca", ".", "cc", "<e>"]  # some hold an end of a stop and more
 
 
@@ -294,10 +183,9 @@ def stopper(stops, pieces=PIECES):
     """Prompter.stop over these pieces, without a task."""
     tokenizer = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="."))
     tokenizer.decoder = decoders.Fuse()
-    decode = partial(tokenizer.decode, skip_special_tokens=False)
     last = {word[-1] for word in stops}
     endings = {i for i, piece in enumerate(pieces) if last & set(piece)}
-    holder = SimpleNamespace(stops=stops, endings=endings, decode=decode)
+    holder = SimpleNamespace(stops=stops, endings=endings, decode=tokenizer.decode)
     return partial(grpo.Prompter.stop, holder)
 
 
@@ -314,7 +202,7 @@ STOPS = [("ccab",), ("abca", "bbb"), (".c.",), ("bca.", "<e>"), ("never",), ("aa
 
 
 @pytest.mark.parametrize("eos", [(), (5,)])
-@pytest.mark.parametrize("steps", [1, 7, 8, 9, 16, 17, 29])
+@pytest.mark.parametrize("steps", [1, 8, 9, 29])
 @pytest.mark.parametrize("stops", STOPS, ids=str)
 def test_stop_strings(stops, steps, eos):
     """Looked for every few steps and at the very end, also in rows that ended in between."""
@@ -324,7 +212,7 @@ def test_stop_strings(stops, steps, eos):
     assert [ended(s, row) for row in range(64)] == [stopped(row, stops, eos) for row in free]
 
 
-@pytest.mark.parametrize("first, length", [(6, 3), (0, 20), (1, 31), (8, 8), (14, 5), (21, 8)])
+@pytest.mark.parametrize("first, length", [(6, 3), (0, 20), (1, 31), (8, 8)])
 def test_stop_string_that_spans_looks(first, length):
     """A stop string of up to 31 tokens, taken out of each row in turn."""
     uniforms, model = numbers(pairs(1, 6), 40), make_model(vocab=8)
@@ -333,16 +221,12 @@ def test_stop_string_that_spans_looks(first, length):
         stops = ("".join(PIECES[token] for token in free[row][first : first + length]),)
         s = grpo.generate(model, [[1, 2]], uniforms, 2.0, stopper(stops))
         assert [ended(s, i) for i in range(6)] == [stopped(tokens, stops) for tokens in free]
-        assert s.finished[row]
 
 
 def test_stop_string_in_the_prompt_stops_nothing():
     model = make_model(vocab=8, banned=(5,))  # no "."
     s = grpo.generate(model, [[5, 5, 5, 5]], numbers([(0, 0)], 12), stop=stopper(("..",)))
     assert s.lengths.tolist() == [12] and not s.finished.any()
-
-
-# ----------------------------------------------------------------------------- shapes and limits
 
 
 def shapes_of(model):
@@ -357,63 +241,40 @@ def test_each_prompt_runs_once_and_finished_rows_leave():
     shapes = shapes_of(model)
     s = grpo.generate(model, prompts, numbers(pairs(4, 8), 60))
     assert shapes[0] == (4, max(map(len, prompts)))  # the group shares it
-    assert all(length == 1 for _, length in shapes[1:])
     rows = [rows for rows, _ in shapes[1:]]
-    assert rows == sorted(rows, reverse=True) and rows[0] <= 32
-    assert sum(rows) < 1.5 * int(s.lengths.sum())  # little is computed for rows that have ended
-    assert len(shapes) <= int(s.lengths.max())  # and nothing when all have
-
-
-def test_a_row_that_stops_is_computed_no_further():
-    model, stops = make_model(vocab=8), ("a", "b", "c")
+    assert rows == sorted(rows, reverse=True) and sum(rows) < 1.5 * int(s.lengths.sum())
+    assert len(shapes) <= int(s.lengths.max())  # nothing is computed when all have ended
+    model = make_model(vocab=8)
     shapes = shapes_of(model)
-    s = grpo.generate(model, [[1]], numbers(pairs(1, 9), 60), 2.0, stopper(stops))
+    s = grpo.generate(model, [[1]], numbers(pairs(1, 9), 60), 2.0, stopper(("a", "b", "c")))
     assert s.finished.all() and len(shapes) <= int(s.lengths.max()) + grpo.LOOK_EVERY
 
 
-# -------------------------------------------------------------------------------- random numbers
-
-
 def test_row_uniforms():
-    np.random.seed(0)
+    """Of seed, step, prompt and sample alone; a longer row begins with the shorter one."""
     keys = list(product((0, 1, 2**31), (0, 1, 7), (0, 1, 2, 100000), (0, 1, 2, 15)))
-    found = {key: grpo.row_uniforms(*key, 64) for key in keys}
-    np.random.seed(1)
-    for key in reversed(keys):  # another order, another global state
-        again = grpo.row_uniforms(*key, 64)
-        assert again.dtype == np.float32 and again.shape == (64,)
-        assert (again == found[key]).all()
-        assert (grpo.row_uniforms(*key, 20) == again[:20]).all()
-    values = np.stack(list(found.values()))
+    values = np.stack([grpo.row_uniforms(*key, 64) for key in keys])
+    for key, row in zip(reversed(keys), reversed(values), strict=True):
+        again = grpo.row_uniforms(*key, 20)
+        assert again.dtype == np.float32 and (again == row[:20]).all()
     assert values.min() >= 0 and values.max() < 1
-    assert len({row.tobytes() for row in values}) == len({row[0] for row in values}) == len(keys)
-
-
-def test_row_uniforms_are_uniform_and_independent():
-    values = np.stack([grpo.row_uniforms(0, 3, *row, 50) for row in pairs(20, 20)])
-    bins = Counter((values.flatten() * 50).astype(int).tolist())
-    assert agrees(bins, dict.fromkeys(range(50), 1 / 50))
-    above, below = ((x * 7).astype(int).flatten().tolist() for x in (values[:-1], values[1:]))
-    both = Counter(zip(above, below, strict=True))  # a row against the next
-    assert agrees(both, dict.fromkeys(product(range(7), repeat=2), 1 / 49))
-
-
-# ----------------------------------------------------------------------------- log-probabilities
+    assert len({row[0] for row in values}) == len(keys)
 
 
 def training_batch(seed=0):
     """Tokens (5, 12) and a mask with holes; one row trains nothing."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, V, (5, 12), generator=generator)
+    tokens = torch.randint(1, V - 1, (5, 12), generator=generator)  # 0 and 22 may be banned
     mask = torch.rand(5, 12, generator=generator) < 0.6
     mask[2] = False
     return tokens, mask
 
 
-def naive(model, tokens, mask, temperature=1.0):
+def naive(model, tokens, mask, temperature):
     """Every logit at once, by log_softmax."""
-    logprobs = (model.lm_head(model(tokens))[:, :-1] / temperature).log_softmax(-1)  # (B, T-1, V)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    logits = model.lm_head(model(tokens))[:, :-1] + model.vocab_bias
+    logprobs = (logits / temperature).log_softmax(-1)  # (B, T-1, V)
+    entropy = torch.special.entr(logprobs.exp()).sum(-1)
     trained = mask[:, 1:].to(logprobs.dtype)
     return logprobs.gather(-1, tokens[:, 1:, None])[..., 0] * trained, entropy * trained
 
@@ -429,103 +290,47 @@ def close(ours, expected):
     torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
 
 
-def at_once(model, positions):
-    """Let the head take this many positions at a time, as for a larger vocabulary."""
-    model.config["vocab_size"] = 2**23 // positions
-
-
 @pytest.mark.parametrize("positions", [2**20, 10, 1])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
 def test_completion_logprobs(temperature, positions):
-    model, (tokens, mask) = make_model().requires_grad_(), training_batch()
-    weights = torch.linspace(-1, 2, 55).view(5, 11)
+    """Only trained positions go through the head, so many at a time; again going backward."""
+    model, (tokens, mask) = make_model(banned=(0, 22)).requires_grad_(), training_batch()
+    weights, sizes, logits = torch.linspace(-1, 2, 55).view(5, 11), [], model.logits
     expected, entropy = naive(model, tokens, mask, temperature)
     gradient = gradients(model, expected, weights)
-    at_once(model, positions)
+    model.config["vocab_size"] = 2**23 // positions  # as for a larger vocabulary
+    model.logits = lambda hidden, t: sizes.append(len(hidden)) or logits(hidden, t)
     ours, our_entropy = grpo.completion_logprobs(model, tokens, mask, temperature)
-    assert ours.shape == our_entropy.shape == (5, 11)
-    assert not ours[~mask[:, 1:]].any() and not our_entropy[~mask[:, 1:]].any()
+    assert sum(sizes) == mask[:, 1:].sum() and max(sizes) <= positions
     close(ours, expected)
     close(our_entropy, entropy.detach())  # and has no gradient
     close(gradients(model, ours, weights), gradient)
+    assert sum(sizes) == mask[:, 1:].sum() * (1 if positions == 2**20 else 2)
+    nothing, _ = grpo.completion_logprobs(model, tokens, torch.zeros_like(mask))
+    assert nothing.shape == (5, 11) and not gradients(model, nothing, weights).any()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_padding_and_neighbours_change_nothing(checkpointing):
     model, (tokens, mask) = make_model().requires_grad_(), training_batch()
+    calls = []
+    model.model.layers[0].register_forward_pre_hook(lambda *args: calls.append(1))
 
     def results(parts):
         model.zero_grad()
-        found = []
-        for tokens, mask in parts:
-            logprobs, _ = grpo.completion_logprobs(model, tokens, mask, 0.8)
-            logprobs.sum().backward()
-            found.append(logprobs.detach()[:, :11])
-        return torch.cat(found), torch.cat([p.grad.flatten() for p in model.parameters()])
+        found = [grpo.completion_logprobs(model, *part, 0.8)[0][:, :11] for part in parts]
+        torch.cat(found).sum().backward()
+        return torch.cat([*(x.detach().flatten() for x in found), *(p.grad.flatten() for p in ws)])
 
+    ws = list(model.parameters())
     expected = results([(tokens, mask)])
     model.checkpointing = checkpointing
     nines, zeros = torch.full((5, 6), 9), torch.zeros(5, 6, dtype=torch.bool)
-    layouts = {
-        "whole": [(tokens, mask)],
-        "alone": [(tokens[i : i + 1], mask[i : i + 1]) for i in range(5)],
-        "pairs": [(tokens[i : i + 2], mask[i : i + 2]) for i in (0, 2, 4)],
-        "padded": [(torch.cat([tokens, nines], 1), torch.cat([mask, zeros], 1))],
-        "whole numbers as mask": [(tokens, mask.long())],
-    }
-    for parts in layouts.values():
-        for ours, whole in zip(results(parts), expected, strict=True):
-            close(ours, whole)
-
-
-def test_checkpointing_computes_layers_again():
-    model, (tokens, mask), calls = make_model().requires_grad_(), training_batch(), []
-    model.model.layers[0].register_forward_pre_hook(lambda *args: calls.append(1))
-    for checkpointing, times in ((False, 1), (True, 2)):
-        calls.clear()
-        model.checkpointing = checkpointing
-        grpo.completion_logprobs(model, tokens, mask)[0].sum().backward()
-        assert len(calls) == times
-
-
-def test_nothing_to_train():
-    model, (tokens, mask) = make_model().requires_grad_(), training_batch()
-    logprobs, entropy = grpo.completion_logprobs(model, tokens, torch.zeros_like(mask))
-    assert logprobs.shape == entropy.shape == (5, 11) and not logprobs.any() and not entropy.any()
-    logprobs.sum().backward()
-    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
-
-
-class LargestLogits(TorchDispatchMode):
-    """The number of elements of the largest tensor whose last dimension is the vocabulary."""
-
-    def __init__(self, vocab):
-        super().__init__()
-        self.vocab, self.largest = vocab, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1:
-                *_, rows, last = tensor.shape
-                if last == self.vocab and rows != HIDDEN:  # not the head's gradient, turned
-                    self.largest = max(self.largest, tensor.numel())
-        return out
-
-
-def test_chunks_bound_the_logits():
-    """Forward and backward, and only trained positions go through the head."""
-    model, (tokens, mask) = make_model(vocab=101).requires_grad_(), training_batch(seed=2)
-    trained = int(mask[:, 1:].sum())
-    assert trained != HIDDEN
-    for positions, expected in ((2**20, trained), (5, 5), (1, 1)):
-        at_once(model, positions)
-        with LargestLogits(101) as seen:
-            grpo.completion_logprobs(model, tokens, mask)[0].sum().backward()
-        assert seen.largest == expected * 101
-
-
-# ------------------------------------------------------------------------------- batches of rows
+    close(results([(tokens[i : i + 1], mask[i : i + 1]) for i in range(5)]), expected)
+    close(results([(tokens[i : i + 2], mask[i : i + 2]) for i in (0, 2, 4)]), expected)
+    calls.clear()
+    close(results([(torch.cat([tokens, nines], 1), torch.cat([mask, zeros], 1))]), expected)
+    assert len(calls) == 1 + checkpointing  # layers are computed again
 
 
 def test_pad_rows():
@@ -544,8 +349,7 @@ def test_micro_batches():
         batches = grpo.micro_batches(lengths, budget)
         assert sorted(sum(batches, [])) == list(range(len(lengths)))
         longest = [max(lengths[row] for row in batch) for batch in batches]
-        # the largest batch first: memory shows at once; none ends before it is full
-        assert longest == sorted(longest, reverse=True)
+        assert longest == sorted(longest, reverse=True)  # memory shows at once
         for batch, length in zip(batches, longest, strict=True):
             assert len(batch) == 1 or len(batch) * length <= budget
             assert batch == batches[-1] or (len(batch) + 1) * length > budget
@@ -565,42 +369,26 @@ def test_training_batches(world):
         assert grpo.training_batches(run, done, []) == []
         loads.append(sum(sum(lengths[i]) for rows, _, _ in batches for i in rows))
         for rows, tokens, mask in batches:
-            assert mask.dtype == torch.bool and tokens.shape == mask.shape
             assert len(rows) == 1 or tokens.numel() <= 60
             for row, ids, trained in zip(rows, tokens, mask, strict=True):
-                p, n = lengths[row]
-                assert ids.tolist() == [7] * p + [3] * n + [0] * (len(ids) - p - n)
-                assert trained.tolist() == [False] * p + [True] * n + [False] * (len(ids) - p - n)
+                (p, n), rest = lengths[row], len(ids) - sum(lengths[row])
+                assert ids.tolist() == [7] * p + [3] * n + [0] * rest
+                assert trained.tolist() == [False] * p + [True] * n + [False] * rest
             found += rows
     assert sorted(found) == asked  # the union over ranks is all rows, each once
     assert max(loads) - min(loads) <= max(p + n for p, n in lengths)
 
 
-# --------------------------------------------------------------------------- products by oneDNN
-
-
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(7, 512), (2, 3, 512)])
-def test_product_of_onednn(shape, bias, monkeypatch):
+def test_product_of_onednn(bias, monkeypatch):
     """F.linear's values, for large float32 layers on a CPU, and only without gradient."""
-    torch.manual_seed(0)
-    layer, small, x = grpo.Linear(512, 256, bias), grpo.Linear(512, 16, bias), torch.randn(shape)
-    calls, linear = [], torch.nn.functional.linear
-
-    def noted(*args):
-        calls.append(args[0].dtype)
-        return linear(*args)
-
-    expected = linear(x, layer.weight, layer.bias)
-    monkeypatch.setattr(torch.nn.functional, "linear", noted)
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            torch.testing.assert_close(layer(x), expected, atol=2e-4, rtol=0)
-            assert calls == []
-            small(x)
-            layer(x.bfloat16())
-            assert calls == [torch.float32, torch.bfloat16]
-        calls.clear()
-    layer(x).sum().backward()  # in training the gradient is torch's own
-    assert calls == [torch.float32] and layer.weight.grad is not None
+    layer, x, calls = grpo.Linear(512, 256, bias), torch.randn(2, 3, 512), []
+    expected, linear = layer(x), torch.nn.functional.linear
+    monkeypatch.setattr(grpo.F, "linear", lambda *args: calls.append(1) or linear(*args))
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected, atol=2e-4, rtol=0)
+        assert calls == []
+        layer(x.bfloat16())
+    layer(x).sum().backward()
+    assert calls == [1, 1] and layer.weight.grad is not None
