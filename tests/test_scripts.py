@@ -1,8 +1,7 @@
 """Every script as a user meets it: help, the files of a run, going on, ranks, interruption, faults.
 
-A test calls main(train, Config, flags) in this process with a random model of two layers; what
-needs a process of its own stands in test_processes.py. A new script takes part by its line in
-conftest.TRAINING or SOLVING. What lies in a shared block alone is tested with one script.
+A test calls main(train, Config, flags) here; what needs a process stands in test_processes.py. A
+new script takes part by its line in conftest. A shared block alone is tested with one script.
 """
 
 import doctest
@@ -11,8 +10,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -33,7 +30,6 @@ def flags_of(script: str) -> set[str]:
     return {f.name for f in fields(module(script).Config)}
 
 
-# scripts that train on groups of answers which they sample themselves
 GROUPED = [script for script in TRAINING if "group_size" in flags_of(script)]
 every = pytest.mark.parametrize("script", SMALL)
 training = pytest.mark.parametrize("script", TRAINING)
@@ -94,74 +90,40 @@ def go_on(run, script: str, folder: str, flags: str = ""):
     return run(script, f"--resume {folder} {flags}", base=False)
 
 
-# ------------------------------------------------------------------------------ import and help
-
-
 @pytest.mark.parametrize("name", ["rewards", *SMALL])
 def test_docstring_examples(name):
     failed, _ = doctest.testmod(module(name))
     assert not failed
 
 
-ALONE = """
-import socket, sys
-def refuse(*args, **kwargs): raise OSError("a network was asked for")
-socket.socket.connect = socket.getaddrinfo = refuse
-for name in "matplotlib pandas datasets tensorboard wandb accelerate scipy peft trl".split():
-    sys.modules[name] = None  # no script needs them
-for name in sys.argv[1:]:
-    __import__(name)
-"""
-
-
-def test_import_runs_nothing(cwd):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", ALONE, *SMALL]
-    done = subprocess.run(command, env=env, capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    assert not list(cwd.iterdir())
-
-
 @every
 def test_help(script, run, cwd):
     done = run(script, "--help")
     assert (done.code, done.err) == (0, "") and not list(cwd.iterdir())
-    assert module(script).__doc__.strip() in done.out
-    text = " ".join(done.out.split())
     for f in fields(module(script).Config):
         assert re.search(rf"^  --{f.name}\b", done.out, re.MULTILINE), f.name
-        assert " ".join(f.metadata["help"].split()) in text, f.name
-    assert text.count("(default: ") == len(fields(module(script).Config))  # none twice
-
-
-# --------------------------------------------------------------------------- the files of a run
 
 
 @every
-def test_files_of_a_run(made, small, script):
+def test_files_of_a_run(made, script):
     folder = made("a", script, LONG[script][0])
     last = checkpoint(folder, LONG[script][1])
     files = {path.name for path in folder.iterdir() if path.is_file()} - {"samples.jsonl"}
     assert files == {"run.json", "metrics.jsonl", f"{script}.py"}
     assert (folder / f"{script}.py").read_bytes() == (ROOT / f"{script}.py").read_bytes()
     assert module(script).checkpoints(folder)[-1] == last
-    assert metrics_of(folder)[-1]["step"] == LONG[script][1]
     found = read_json(folder / "run.json")
-    saved = {path.name for path in last.iterdir()}
-    assert found["script"] == f"{script}.py" and "cpu" in found["device"]
-    assert found["torch"] == torch.__version__ and found["checkpointing"] is False
-    assert set(found["config"]) == flags_of(script)
+    assert found["script"] == f"{script}.py" and set(found["config"]) == flags_of(script)
     for name, (chosen, _, _) in module(script).BY_SIZE.items():
         if f"--{name} " not in SMALL[script]:  # chosen, and noted as chosen
             assert found["config"][name] == chosen
+    files = {"config.json", "model.safetensors", "tokenizer.json", "trainer.pt"}
     if script in SOLVING:
-        assert saved == {"records.json"} and found["config"]["model"] == str(small)
-    else:
-        files = {"config.json", "model.safetensors", "tokenizer.json", "trainer.pt"}
-        if found["config"]["model"] != "scratch":  # what came with the model goes with it
-            files |= {"generation_config.json", "tokenizer_config.json"}
-        assert saved == files
-        assert len({path.stat().st_mode for path in last.glob("*.*")}) == 1  # as the umask has it
+        files = {"records.json"}
+    elif found["config"]["model"] != "scratch":  # what came with the model goes with it
+        files |= {"generation_config.json", "tokenizer_config.json"}
+    assert {path.name for path in last.iterdir()} == files
+    assert len({path.stat().st_mode for path in last.glob("*.*")}) == 1  # as the umask has it
 
 
 @training
@@ -169,11 +131,9 @@ def test_metrics(made, run, cwd, script):
     """The evaluation of the start is the one of --steps 0."""
     rows = lines_of(made("a", script, EVALUATIONS) / "metrics.jsonl")
     steps, evaluations = metrics_of(cwd / "a"), metrics_of(cwd / "a", True)
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert [row["step"] for row in steps] == [1, 2]
     assert [row["step"] for row in evaluations] == [1, 2, 0]
     assert all({"loss", "lr", "grad_norm", "tokens"} <= row.keys() for row in steps)
-    assert all({"reward", "sampler_gap"} <= row.keys() for row in steps if script in GROUPED)
-    assert all({"eval/accuracy", "eval/accuracy_se"} <= row.keys() for row in evaluations)
     assert all(isinstance(value, (int, float)) for row in rows for value in row.values())
     assert run(script, "--steps 0 --eval_problems 2 --out none").code == 0
     assert not list((cwd / "none").glob("step-*")) and not metrics_of(cwd / "none")
@@ -188,45 +148,13 @@ def test_samples(made, small, script):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert rows
     for row in rows:
-        counts = {len(row[name]) for name in ("tokens", "pieces", "logprobs", "mask")}
-        assert len(counts) == 1 and 0 < counts.pop() <= 64
+        assert len({len(row[name]) for name in ("tokens", "pieces", "logprobs", "mask")}) == 1
         assert set(row["mask"]) <= {0, 1} and all(p <= 0 for p in row["logprobs"])
-        text = tokenizer.decode(row["tokens"], skip_special_tokens=False)
-        assert "".join(row["pieces"]) == text
-        if script in GROUPED:
-            assert row["truncated"] == (len(row["tokens"]) == 40 and row["tokens"][-1] != 1)
-            assert set(row["problem"]) == {"numbers", "target"} and row["prompt"][-7:] == "<think>"
+        assert "".join(row["pieces"]) == tokenizer.decode(row["tokens"], skip_special_tokens=False)
     if script in GROUPED:
         assert [row["step"] for row in rows] == [1] * 8 + [2] * 8
         assert [row["group"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
-
-
-def test_what_a_run_says(run, cwd):
-    """A line a step, a table, and how to go on; where the folder is."""
-    done = run("grpo", "--steps 3 --eval_problems 1 --eval_samples 1")
-    assert (done.code, done.err) == (0, "")
-    steps = [int(n) for n in re.findall(r"^step (\d+)/3\b", done.out, re.MULTILINE)]
-    assert steps == [1, 2, 3, 3, 0]
-    assert re.search(r"^eval/accuracy +\d\.\d+ -> +\d\.\d+$", done.out, re.MULTILINE)
-    (folder,) = (cwd / "out").iterdir()
-    assert re.fullmatch(r"grpo-Countdown-0-\d{6}-\d{6}", folder.name)
-    assert f"--resume out/{folder.name} --steps 6" in done.out
-
-
-@training
-def test_another_seed_is_another_run(made, script):
-    """That the same seed gives the same run, the tests of resuming show."""
-    a, b = metrics_of(made("a", script)), metrics_of(made("b", script, "--seed 1"))
-    assert all(one["loss"] != other["loss"] for one, other in zip(a, b, strict=True))
-    assert all(row["rows_trained"] > 0 for row in a if script in GROUPED)
-
-
-def test_a_folder_wins_over_a_short_name(run, cwd, small):
-    shutil.copytree(small, cwd / "Qwen2.5-1.5B")
-    assert run("grpo", "--out a --steps 0 --eval_problems 0", model="Qwen2.5-1.5B").code == 0
-
-
-# --------------------------------------------------------------------------------------- resume
+        assert all(row["truncated"] == (row["tokens"][-1] != 1) for row in rows)
 
 
 def same_run(first: Path, second: Path, step: int) -> None:
@@ -272,7 +200,6 @@ def test_resume_keeps_what_the_run_was_given(made, run, cwd):
     changed = {"steps": 3, "lr": 0.001, "resume": "a"}
     assert read_json(cwd / "a" / "run.json")["config"] == before | changed
     rows, log, saved = metrics_of(cwd / "a"), samples(cwd / "a"), contents(checkpoint(cwd / "a", 3))
-    assert rows[-1]["lr"] == pytest.approx(0.001 * 3 / 10)  # still warming up
     assert go_on(run, "grpo", "a", "--eval_problems 2").code == 0
     assert (metrics_of(cwd / "a"), samples(cwd / "a")) == (rows, log)
     assert contents(checkpoint(cwd / "a", 3)) == saved and len(metrics_of(cwd / "a", True)) == 2
@@ -287,9 +214,6 @@ def test_only_the_newest_checkpoints_stay(made, run, cwd):
     assert go_on(run, "grpo", "a", "--steps 4").code == 0
     assert {p.name for p in (cwd / "a").glob("step-*")} == {"step-000003", "step-000004"}
     assert (checkpoint(cwd / "a", 4) / "trainer.pt").stat().st_size > 1000
-
-
-# ------------------------------------------------------------------------ interruption and kills
 
 
 class Killed(BaseException): ...
@@ -372,9 +296,6 @@ def test_a_signal_while_a_step_is_saved(run, cwd, monkeypatch):
     assert module("grpo").checkpoints(cwd / "a") == [checkpoint(cwd / "a", 3)]
 
 
-# ---------------------------------------------------------------------------------------- ranks
-
-
 def close(first: list[dict], second: list[dict], rel: float) -> None:
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
@@ -384,10 +305,7 @@ def close(first: list[dict], second: list[dict], rel: float) -> None:
 
 @training
 def test_ranks_give_the_gradient_of_one(run_ranks, cwd, script, half_right):
-    """Threads as ranks. No step is taken, so all gradients are those of the same weights.
-
-    Nine ranks are more than there are rows to learn, prompts, and problems held out.
-    """
+    """No step is taken, so all are of the same weights; nine ranks are more than rows."""
     more = ""
     if hasattr(module(script), "micro_batches"):  # else a pass has random numbers of its own
         more = "--micro_batch_tokens 64"  # another number of passes on each rank
@@ -414,9 +332,6 @@ def test_ranks_answer_as_one(run_ranks, cwd, script):
     one, two = cwd / "1", cwd / "2"
     close(metrics_of(one)[-1:], metrics_of(two)[-1:], 1e-5)
     assert records_of(one) == records_of(two) != []
-
-
-# --------------------------------------------------------------------------------------- faults
 
 
 @training
@@ -452,30 +367,13 @@ def test_a_model_whose_logits_are_not_finite(run, cwd, small, script):
     assert done.code == 1 and "logits" in done.err and done.err.count("\n") == 1
 
 
-def test_a_slip_in_the_code_is_not_hidden(run, monkeypatch):
-    monkeypatch.delattr(module("grpo").Run, "log")
-    with pytest.raises(AttributeError, match="log"):
-        run("grpo", "--out a")
-
-
-@pytest.mark.parametrize(
-    "script, flags",
-    [
-        ("grpo", "--overlong_cache 0"),  # all rewards are equal
-        ("grpo", "--overlong_cache 0 --dynamic_sampling 1"),  # no group with signal is found
-        ("nsr", "--mode psr"),  # no answer is right
-    ],
-)
+@pytest.mark.parametrize("script, flags", [("grpo", "--overlong_cache 0"), ("nsr", "--mode psr")])
 def test_nothing_to_learn_changes_nothing(run, cwd, small, script, flags):
-    """No optimizer step, which would move on momentum alone; the counters go on.
-
-    Nor do evaluations change, which at all steps draw the same numbers.
-    """
+    """No optimizer step, which would move on momentum alone, and the same evaluations."""
     assert run(script, f"{flags} --steps 3 --out a --eval_every 1").code == 0
     rows, last = metrics_of(cwd / "a"), checkpoint(cwd / "a", 3)
-    assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[0]["prompts"] < rows[1]["prompts"] < rows[2]["prompts"]
-    assert all(row["rows_trained"] == 0 for row in rows)
+    assert [row["rows_trained"] for row in rows] == [0, 0, 0]
     same(weights(small), weights(last))
     first, *others = [row | {"step": 0} for row in metrics_of(cwd / "a", True)]
     assert others == [first] * 3
