@@ -5,21 +5,17 @@ that is wrong. {given} is the folder that `given` fills with what users give by 
 on purpose; {small} is a good model. A row is run in this process, through main(argv).
 """
 
-import ast
 import importlib
-import io
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, SMALL, lines_of, model_of
 from safetensors.torch import load_file, save_file
-
-# ------------------------------------------------------------------------------------- the table
 
 RUN = "--resume {given}/{script}-run"
 ALL = {  # for every script that has the flag
@@ -29,77 +25,44 @@ ALL = {  # for every script that has the flag
     "--lr nan": "--lr nan",
     "--model owner/name": "owner/name",
     "--task sudoku": "sudoku",
-    "--task gsm8k": "gsm8k",
-    "--out {given}/file": "--out {given}/file",
     "--out {given}/{script}-run": "{given}/{script}-run ... --resume",
     "--resume {given}/other-run": "{given}/other-run",
     RUN + " --seed 3": "'seed': 0",
 }
 SHARED = {  # what lies in the shared blocks and rewards.py: for grpo
-    "--device cuda": "--device cuda",
-    "--model {given}/empty": "{given}/empty/config.json",
-    "--chat": "--chat: ... template",
-    "--model {given}/raising-template --chat": "--chat: ... only in pairs",
+    "--out {given}/file": "--out {given}/file",
+    "--task gsm8k": "gsm8k",
     "--model {given}/code --chat": "{given}/code",
-    "--task countdown:hard=1": "hard=1",
     "--task countdown:high=1,min_target=90": "min_target=90",
-    "--task multiplication:max_digits=1 --eval_problems 20": "20",
     "--task gsm8k --data {given}/good.jsonl": "--model",  # no prompt for the tiny vocabulary
     "--model {given}/plain --task gsm8k --data {given}/cut.jsonl": "{given}/cut.jsonl, line 3:",
     "--resume nothing": "nothing/run.json",
     "--resume {given}/broken-run": "{given}/broken-run/run.json",
     RUN: "{given}/{script}-run: ",  # no checkpoint
-    RUN + " --out b": "{given}/{script}-run",
     RUN + " --model tiny": "'model': '{small}'",
 }
-OWN = {
-    "grpo": {
-        "--group_size 1": "--group_size 1",
-        "--batch_size 16 --group_size 8 --updates 3": "24",
-        "--ref_every 2": "--kl_coef",
-        "--length_schedule 64": "--length_schedule",
-        "--length_schedule=-5:0": "--length_schedule",
-    },
-    "nsr": {
-        "--batch_size 12 --updates 2": "--batch_size 12",
-        "--positive_weight 0.5 --mode psr": "--positive_weight",
-        "--clip_eps 0.3": "--clip_eps",
-    },
-    "ppo": {"--batch_size 9": "--batch_size 9", "--kl_type k3": "--kl_type"},
-    "sft": {
-        "--model scratch --hidden_size 48": "--hidden_size 48 is no multiple of 32",
-        "--model tiny --num_layers 2": "--num_layers and --hidden_size are not for --model tiny",
-        "--task multiplication": "--task multiplication makes no traces: give --data",
-    },
-    "coconut": {
-        "--hidden_size 64": "--hidden_size are not for --model {small}",
-        "--gate 2 --mode coconut": "--gate 2",
-        "--epochs_per_stage 1 --mode coconut": "--epochs_per_stage needs --data",
-        "--mode cot --c 2": "--c does nothing with --mode cot",
-        "--task countdown": "--task countdown has no steps",
-    },
-    "recurrent_depth": {
-        "--hidden_size 20 --num_heads 4": "--hidden_size 20",
-        "--task text": "--data",
-        "--tokenizer x": "--tokenizer",
-        "--task text --data {given}/short.txt": "--length 64",
-        "--task countdown": "countdown",
-        "--model tiny --hidden_size 64 --num_heads 4": "llama",
-        "--decay 1.5": "--decay",
-    },
-    "budget_forcing": {
-        "--caps 8,4": "--caps 8,4: rising",
-        "--waits 1,,2": "--waits 1,,2: ",
-        "--max_new_tokens 12": "--max_new_tokens 12: no answer fits after 12",
-    },
-    "specreason": {
-        "--draft tiny --score digit": "cannot read",
-        "--draft=": "name its --draft",
-        "--draft {given}/plain": "--draft {given}/plain has another tokenizer",
-    },
+OWN = {  # for the script before the flags
+    "grpo --group_size 1": "--group_size 1",
+    "grpo --batch_size 16 --group_size 8 --updates 3": "24",
+    "grpo --ref_every 2": "--kl_coef",
+    "nsr --batch_size 12 --updates 2": "--batch_size 12",
+    "nsr --positive_weight 0.5 --mode psr": "--positive_weight",
+    "ppo --kl_type k3": "--kl_type",
+    "sft --model scratch --hidden_size 48": "--hidden_size 48 is no multiple of 32",
+    "sft --task multiplication": "--task multiplication makes no traces: give --data",
+    "coconut --hidden_size 64": "--hidden_size are not for --model {small}",
+    "coconut --gate 2 --mode coconut": "--gate 2",
+    "coconut --epochs_per_stage 1 --mode coconut": "--epochs_per_stage needs --data",
+    "coconut --task countdown": "--task countdown has no steps",
+    "recurrent_depth --hidden_size 20 --num_heads 4": "--hidden_size 20",
+    "recurrent_depth --task text --data {given}/short.txt": "--length 64",
+    "recurrent_depth --decay 1.5": "--decay",
+    "budget_forcing --caps 8,4": "--caps 8,4: rising",
+    "budget_forcing --waits 1,,2": "--waits 1,,2: ",
+    "budget_forcing --max_new_tokens 12": "--max_new_tokens 12: no answer fits after 12",
+    "specreason --draft=": "name its --draft",
+    "specreason --draft {given}/plain": "--draft {given}/plain has another tokenizer",
 }
-
-# ---------------------------------------------------------------------------------- model folders
 
 
 def file(name: str, content: str):
@@ -124,89 +87,67 @@ def tensors(change):
 
 
 NORM, HEAD, EMBED = "model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"
-YARN = {"rope_type": "yarn", "rope_theta": 5.0}
-LINEAR = {"rope_parameters": None, "rope_theta": 5.0, "rope_scaling": {"type": "linear"}}
 MODELS = {  # what is done to a copy of a good folder; what is said, beside its path
     "broken-config": (file("config.json", '{"model_type": "llama",'), "line 1"),
-    "deep-config": (file("config.json", "[" * 100_000), ""),
     "gemma": (config(model_type="gemma3"), "gemma3"),
-    "gelu": (config(hidden_act="gelu_new"), "gelu_new"),
-    "yarn": (config(rope_parameters=YARN), "yarn"),
-    "linear": (config(**LINEAR), "linear"),
-    "no-rope": (config(rope_parameters=None, rope_theta=None), ""),
+    "yarn": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 5.0}), "yarn"),
     "window": (config(use_sliding_window=True), "window"),
-    "size-text": (config(hidden_size="32"), ""),
     "biases": (config(model_type="qwen2"), "q_proj.bias"),
     "untied": (config(tie_word_embeddings=False), HEAD),
     "no-tensor": (tensors(lambda found: found.pop(NORM)), NORM),
-    "no-embedding": (tensors(lambda found: found.update({HEAD: found.pop(EMBED)})), EMBED),
     "extra": (tensors(lambda found: found.update(odd=found[NORM] * 1)), "odd"),
     "shape": (tensors(lambda found: found.update({NORM: found[NORM][:9]})), NORM),
     "tied": (tensors(lambda found: found.update({HEAD: found[EMBED] + 1})), "tied"),
-    "lfs": (file("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), ""),
     "cut": (lambda folder: os.truncate(folder / "model.safetensors", 5000), ""),
     "no-tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
-    "broken-tokenizer": (file("tokenizer.json", '{"version": "1.0"'), ""),
     "far-id": (file("generation_config.json", '{"suppress_tokens": [1000000]}'), "1000000"),
 }
 
 
 def own_code(folder: Path) -> None:
     """Code of its own, for model, tokenizer and config, that makes a file beside the folder."""
-    auto = {"AutoTokenizer": ["tokenizer.Own", "tokenizer.Own"], "AutoConfig": "configuration.Own"}
-    config(auto_map=auto | {"AutoModelForCausalLM": "modeling.Own"})(folder)
+    auto = {"AutoTokenizer": ["own.Own", "own.Own"], "AutoConfig": "own.Own"}
+    config(auto_map=auto | {"AutoModelForCausalLM": "own.Own"})(folder)
     kind = {"auto_map": auto, "tokenizer_class": "Own"}
     (folder / "tokenizer_config.json").write_text(json.dumps(kind))
-    code = f"open({str(folder.parent / 'written')!r}, 'w')\nclass Own: ...\n"
-    for name in ("tokenizer", "configuration", "modeling", "__init__", "sitecustomize"):
-        (folder / f"{name}.py").write_text(code)
+    (folder / "own.py").write_text(f"open({str(folder.parent / 'written')!r}, 'w')\n")
 
 
 @pytest.fixture(scope="session")
 def given(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
-
     for name, (damage, _) in MODELS.items():
         damage(Path(shutil.copytree(small, folder / name)))
     words = (small / "tokenizer.json").read_text(encoding="utf-8").replace("<latent>", "<other>")
-    for name in ("plain", "raising-template", "code"):  # a real tokenizer knows no <latent>
+    for name in ("plain", "code"):  # a real tokenizer knows no <latent>
         file("tokenizer.json", words)(Path(shutil.copytree(small, folder / name)))
-    raising = "{{ raise_exception('only in pairs') }}"
-    (folder / "raising-template" / "chat_template.jinja").write_text(raising)
     own_code(folder / "code")
-    (folder / "empty").mkdir()
     row = '{"question": "q", "answer": "#### 1"}\n'
     data = {"file": "", "good.jsonl": row * 40, "cut.jsonl": row * 2 + row[:20]}
-    data["short.txt"] = "to be or not to be"
-    for name, content in data.items():
-        (folder / name).write_text(content)
-    runs = {"broken": "{"}
-    runs["other"] = '{"config": {"seed": 0, "model": "tiny", "task": "countdown", "mu": 1}}'
+    data |= {"short.txt": "to be or not to be", "broken-run/run.json": "{"}
+    other = {"seed": 0, "model": "tiny", "task": "countdown", "mu": 1}
+    data["other-run/run.json"] = json.dumps({"config": other})
     for script in SMALL:
         module = importlib.import_module(script)
         flags = f"{SMALL[script]} --model {model_of(script, small)}".split()
         settings = asdict(module.parse_config(module.Config, flags))
-        runs[script] = json.dumps({"config": settings})
-    for name, content in runs.items():
-        (folder / f"{name}-run").mkdir()
-        (folder / f"{name}-run" / "run.json").write_text(content)
+        data[f"{script}-run/run.json"] = json.dumps({"config": settings})
+    for name, content in data.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
     return folder
 
 
-# -------------------------------------------------------------------------------------- the test
-
-
 def rows_of(script: str) -> dict[str, str]:
-    module = importlib.import_module(script)
-    flags = {f"--{f.name}" for f in fields(module.Config)} | {"--batch"}
+    flags = {f.name for f in fields(importlib.import_module(script).Config)} | {"batch"}
     if script == "recurrent_depth":
-        flags.remove("--model")  # another model, whose folders its own test has
-    rows = {row: words for row, words in ALL.items() if row.split()[0] in flags}
+        flags.remove("model")  # another model, whose folders its own test has
+    rows = {row: words for row, words in ALL.items() if row.split()[0][2:] in flags}
     if script == "grpo":
-        rows |= SHARED
-        for name, (_, words) in MODELS.items():
-            rows[f"--model {{given}}/{name}"] = f"{{given}}/{name} ... {words}"
-    return rows | OWN[script]
+        models = {f"{{given}}/{name}": words for name, (_, words) in MODELS.items()}
+        rows |= SHARED | {f"--model {name}": f"{name} ... {models[name]}" for name in models}
+    own = {row.partition(" "): words for row, words in OWN.items()}
+    return rows | {flags: words for (name, _, flags), words in own.items() if name == script}
 
 
 def state(folder: Path) -> dict:
@@ -226,8 +167,6 @@ ROWS = [(script, *row) for script in SMALL for row in rows_of(script).items()]
 
 @pytest.mark.parametrize("script, flags, words", ROWS)
 def test_bad_input(run, cwd, small, given, tmp_path, monkeypatch, script, flags, words):
-    if flags == "--device cuda" and torch.cuda.is_available():
-        pytest.skip("there is one")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     names, before = {"given": given, "script": script, "small": small}, state(given)
     done = run(script, flags.format(**names), base="--resume" not in flags)
@@ -235,31 +174,11 @@ def test_bad_input(run, cwd, small, given, tmp_path, monkeypatch, script, flags,
     assert state(given) == before and not list(cwd.iterdir()), "a file was made, lost or changed"
 
 
-# ----------------------------------------------------------------------------- what a run left
-
-
-class Pickled:
-    """Makes a file as soon as it is unpickled."""
-
-    def __reduce__(self):
-        return open, ("written", "w")
-
-
-def saved(what) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(what, buffer)
-    return buffer.getvalue()
-
-
 BROKEN = [
-    ("grpo", "step-000002/trainer.pt", saved({"step": 2, "optimizer": Pickled()})),
-    ("grpo", "step-000002/trainer.pt", saved({"step": 2})[:300]),
-    ("grpo", "step-000002/trainer.pt", saved([1, 2])),
+    ("grpo", "step-000002/trainer.pt", b"PK"),
     ("grpo", "metrics.jsonl", b'{}\n{"step": 1}\n'),  # with lines after it: no kill leaves that
-    ("budget_forcing", "metrics.jsonl", b'{}\n{"step": 1}\n'),
     ("budget_forcing", "step-000005/records.json", b'{"records": 3}'),
     ("specreason", "step-000002/records.json", b""),
-    ("specreason", "step-000002/records.json", b"[1]"),
 ]
 
 
@@ -267,39 +186,21 @@ BROKEN = [
 def test_a_broken_run_folder_is_refused(run, cwd, script, name, content):
     """Nothing in it is run, and nothing is lost."""
     assert run(script, "--out a" + " --eval_problems 0" * (script == "grpo")).code == 0
-    assert (cwd / "a" / name).exists()
     (cwd / "a" / name).write_bytes(content)
     before = state(cwd)
     check_refusal(script, run(script, "--resume a", base=False), "a")
     assert state(cwd) == before
 
 
-def test_records_of_another_setting_are_refused(run, cwd):
-    """And the run still knows its own."""
-    assert run("budget_forcing", "--out a").code == 0
-    before, done = state(cwd), run("budget_forcing", "--resume a --caps 4,9,12", base=False)
-    check_refusal("budget_forcing", done, "is of")
-    assert state(cwd) == before
-    assert run("budget_forcing", "--resume a", base=False).code == 0
-
-
-# -------------------------------------------------------------------------------------- security
+FORBIDDEN = r"(?<![.\w])(eval|exec|compile|__import__)\(|os\.(system|popen)|(pickle|yaml|marshal)\."
+FORBIDDEN += (
+    r"|shell=True|remote_code=True|sympify|parse_expr\(|torch\.load\((?![^)]*weights_only=True)"
+)
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("*.py"), ROOT / "docs" / "report.py"], ids=str)
 def test_no_source_runs_what_it_reads(path):
-    """No eval, no pickle but torch.load(weights_only=True), no shell, no code of a model folder."""
-    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(call, ast.Call):
-            name = ast.unparse(call.func)
-            options = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
-            last = name.rpartition(".")[2]
-            assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen")
-            assert not name.startswith(("pickle.", "marshal.", "shelve.", "yaml."))
-            assert last not in ("sympify", "parse_expr", "unsafe_load")
-            assert not options.get("shell") and not options.get("trust_remote_code")
-            assert name != "torch.load" or options.get("weights_only") is True
-            assert last != "from_pretrained" or options.get("trust_remote_code") is False
+    assert not re.search(FORBIDDEN, path.read_text(encoding="utf-8"))
 
 
 def test_code_in_a_model_folder_is_not_run(run, given):
