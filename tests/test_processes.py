@@ -1,7 +1,6 @@
 """Runs as processes: signals, kill -9, a full disk, torchrun.
 
-After each of them the newest checkpoint is whole, and the run that goes on from it ends with the
-metrics, samples and weights of the unbroken one, to the last bit.
+After each the newest checkpoint is whole, and the run that goes on ends as the unbroken one.
 """
 
 import random
@@ -47,12 +46,14 @@ def begin(cwd, small):
         process.kill()
 
 
-def wait_for(path: Path, process, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, finish(process).err
-        assert time.monotonic() < end, f"there is no {path.name}"
+def interrupted(process, log: Path):
+    """Its end, after a SIGTERM as soon as there is a step in the log."""
+    end = time.monotonic() + 60
+    while not log.exists():
+        assert process.poll() is None and time.monotonic() < end, finish(process).err
         time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    return finish(process, 60)
 
 
 def run_of(script: str) -> str:
@@ -68,45 +69,21 @@ def goes_on(run, cwd: Path, script: str) -> None:
     same_run(cwd / "whole", cwd / "a", last)
 
 
-# -------------------------------------------------------------------------------------- signals
-
-
 @pytest.mark.parametrize("script", TRAINED)
 def test_one_signal_saves(begin, run, cwd, script):
     process = begin(script, f"{run_of(script)} --steps 100000")
-    wait_for(cwd / "a" / "metrics.jsonl", process)
-    process.send_signal(signal.SIGTERM)
-    done = finish(process)
+    done = interrupted(process, cwd / "a" / "metrics.jsonl")
     assert (done.code, done.err) == (143, "") and f"{script}.py --resume a" in done.out, done.err
     assert checkpoint(cwd / "a", metrics_of(cwd / "a")[-1]["step"]).is_dir()
     goes_on(run, cwd, script)
 
 
-HANGS = """
-import rewards
-real = rewards.Countdown.score
-def score(*args, **options):
-    while Path("a/step-000002").exists():
-        pass
-    return real(*args, **options)
-rewards.Countdown.score = score
-"""
+def test_the_second_ctrl_c_leaves_at_once():
+    """Even where a verifier hangs, so that the step never ends: by then it is not handled."""
+    begun = object.__new__(module("grpo").Run)
+    begun.on_signal(signal.SIGINT, None)
+    assert begun.got == signal.SIGINT and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
-
-def test_the_second_ctrl_c_leaves_at_once(begin, cwd):
-    """Even where a verifier hangs, so that the step never ends."""
-    process = begin("grpo", f"{RUN} --steps 9 --save_every 1", HANGS)
-    wait_for(checkpoint(cwd / "a", 2), process)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert process.poll() is None
-    for _ in range(20):  # more than once, where the machine is too busy to hear each
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.02)
-    assert finish(process, 10).code == -signal.SIGINT
-
-
-# --------------------------------------------------------------------------- kill -9, full disk
 
 IN_SAVE = """
 left, save = [{calls}], module.Run.after_step
@@ -148,9 +125,6 @@ def test_full_disk(begin, run, cwd):
     goes_on(run, cwd, "grpo")
 
 
-# ---------------------------------------------------------------------------------------- ranks
-
-
 @pytest.mark.parametrize("script", ["grpo", *OTHERS])
 def test_torchrun_with_two_ranks_equals_one(begin, run, cwd, script):
     done = finish(begin(script, "--out two", launcher=TORCHRUN))
@@ -168,9 +142,7 @@ def test_torchrun_with_two_ranks_equals_one(begin, run, cwd, script):
 @slow
 def test_sigterm_to_torchrun_saves_once_and_one_rank_goes_on(begin, run, cwd):
     process = begin("grpo", f"{run_of('grpo')} --steps 100000", launcher=TORCHRUN)
-    wait_for(cwd / "a" / "metrics.jsonl", process)
-    process.send_signal(signal.SIGTERM)
-    done = finish(process, 60)
+    done = interrupted(process, cwd / "a" / "metrics.jsonl")
     assert done.out.count("--resume a") == 1, done.err
     last = metrics_of(cwd / "a")[-1]["step"] + 1
     assert go_on(run, "grpo", "a", f"--steps {last}").code == 0
@@ -178,13 +150,8 @@ def test_sigterm_to_torchrun_saves_once_and_one_rank_goes_on(begin, run, cwd):
     close(metrics_of(cwd / "one"), metrics_of(cwd / "a"), 1e-4)
 
 
-FAULTS = ["--model ./qwen"]  # rank 0 sees it alone, before the ranks meet
-FAULTS += [pytest.param("--batch_size 9", marks=slow)]  # both
-FAULTS += [pytest.param("--out /dev/null/a", marks=slow)]  # rank 0 alone, later
-
-
-@pytest.mark.parametrize("flags", FAULTS)
-def test_bad_input_under_torchrun_is_said_once(begin, cwd, flags):
-    done = finish(begin("grpo", flags, launcher=TORCHRUN), 60)
+def test_bad_input_under_torchrun_is_said_once(begin, cwd):
+    """Rank 0 sees it alone, before the ranks meet."""
+    done = finish(begin("grpo", "--model ./qwen", launcher=TORCHRUN), 60)
     (line,) = [line for line in done.err.splitlines() if line.startswith("grpo.py: error: ")]
-    assert done.code != 0 and flags.split()[1] in line and not list(cwd.iterdir())
+    assert done.code != 0 and "./qwen" in line and not list(cwd.iterdir())
