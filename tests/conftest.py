@@ -20,8 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test looks for a network
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-# Flags that make a step take a fraction of a second, with rewards of a random model that differ and
-# losses that are not 0 by construction. While the learning rate warms up it does not depend on
+# Flags of quick steps whose losses are not 0. While the learning rate warms up it does not depend on
 # --steps, so that a run which is made longer equals one that was long from the start.
 SAME = "--steps 2 --batch_size 8 --max_new_tokens 40 --eval_problems 2 --eval_samples 2"
 WARM = f"{SAME} --warmup_steps 10"
@@ -30,8 +29,7 @@ NOISE = "--reward cosine --repetition_penalty 1 --repetition_n 1"  # by length a
 CRITIC = "--kl_coef 0.1 --value_clip 0.5 --gae_lambda 0.9 --critic_warmup 1"
 RECURRENT = "--task s3:elements=10 --steps 2 --batch_size 8 --hidden_size 16 --num_heads 2"
 THOUGHTS = "--mode coconut --stage_steps 2 --uniform_prob 0.2 --c 2 --weight_decay 0.1"
-# Scripts that train, a line each: the smallest flags; more of them, so that a checkpoint and the
-# ranks have as much to hold as they can. The shared tests take every script from here.
+# Scripts that train: the smallest flags; more, so that a checkpoint and ranks have much to hold.
 TRAINING = {
     "grpo": (
         f"{GROUPS} --no-decay --aggregation token --overlong_cache 40",
@@ -58,10 +56,8 @@ LONG |= {"budget_forcing": ("", 5), "specreason": ("--eval_problems 4", 4)}
 
 
 @pytest.fixture(autouse=True)
-def clean_process(monkeypatch):
-    """No test inherits ranks from its surroundings or leaves signal handlers behind."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+def clean_process():
+    """No test leaves signal handlers behind."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -71,8 +67,7 @@ def clean_process(monkeypatch):
 @pytest.fixture
 def cwd(tmp_path, monkeypatch):
     """An empty folder to run in."""
-    folder = tmp_path / "cwd"
-    folder.mkdir()
+    (folder := tmp_path / "cwd").mkdir()
     monkeypatch.chdir(folder)
     return folder
 
@@ -80,8 +75,7 @@ def cwd(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """The folder of a random model with the tiny tokenizer: 2 layers, width 32."""
-    folder = tmp_path_factory.mktemp("models") / "small"
-    folder.mkdir()
+    (folder := tmp_path_factory.mktemp("models") / "small").mkdir()
     sizes = SimpleNamespace(num_layers=2, hidden_size=32, seed=0)
     importlib.import_module("sft").make_tiny(folder, sizes)
     return folder
@@ -108,8 +102,8 @@ def run(cwd, small, capfd):
 
 def model_of(script: str, model) -> str:
     """The small model, or for a script that has a model of its own a new one."""
-    is_small = Path(model).name == "small"
-    return "scratch" if script == "recurrent_depth" and is_small else str(model)
+    own = script == "recurrent_depth" and Path(model).name == "small"
+    return "scratch" if own else str(model)
 
 
 def loop_of(module):
@@ -121,15 +115,12 @@ def start(script: str, flags: str, folder: Path, launcher=()) -> subprocess.Pope
     """A script, or another program by its path, as a process of its own in `folder`."""
     command = [sys.executable, *launcher, str(ROOT / f"{script}.py"), *flags.split()]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, env=env, **pipes)
 
 
 def finish(process: subprocess.Popen, timeout: float = 300) -> SimpleNamespace:
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()  # does nothing to one that has ended
+    out, err = process.communicate(timeout=timeout)
     return SimpleNamespace(code=process.returncode, out=out, err=err)
 
 
@@ -155,12 +146,9 @@ def metrics_of(folder: Path, evaluations: bool = False) -> list[dict]:
 
 
 def records_of(folder: Path) -> list:
-    """What the checkpoints of a script that trains nothing hold, without times and scores.
+    """What the checkpoints of a script that trains nothing hold, without times and scores."""
 
-    A score is a mean probability, which the rows decoded beside it change in its last digits.
-    """
-
-    def kept(x: dict) -> dict:
+    def kept(x: dict) -> dict:  # the rows beside it change the last digits of a score
         return {k: v for k, v in x.items() if k != "score" and "seconds" not in k}
 
     paths = sorted(folder.glob("step-*/records.json"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, TRAINING, finish, metrics_of, model_of, records_of, start
-from test_scripts import checkpoint, close, contents, go_on, module, same_run, samples
+from test_scripts import checkpoint, close, contents, go_on, module, same_run
 
 slow = pytest.mark.slow
 TRAINED = ["grpo", *(pytest.param(script, marks=slow) for script in TRAINING if script != "grpo")]
@@ -135,8 +135,6 @@ def test_torchrun_with_two_ranks_equals_one(begin, run, cwd, script):
     close(metrics_of(one)[-1:], metrics_of(two)[-1:], 1e-5)
     close(metrics_of(one, True), metrics_of(two, True), 1e-5)
     assert records_of(one)[-1:] == records_of(two)[-1:]
-    if script in TRAINING:
-        assert [row["tokens"] for row in samples(one)] == [row["tokens"] for row in samples(two)]
 
 
 @slow
