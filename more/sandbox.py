@@ -1,6 +1,6 @@
 """Run a program that a model wrote against tests, in a child process that is killed.
 
-    python more/sandbox.py program.py 'assert f(3) == 4' 'assert not f(0)'
+    python more/sandbox.py FILE 'assert f(3) == 4' 'assert not f(0)'
 
 The child has limits on time, memory and descriptors, writes no file, starts no process, opens no
 socket, and sees neither stdin nor the environment. It gets the left side of a test alone and
