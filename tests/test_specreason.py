@@ -1,28 +1,16 @@
-"""specreason.py and its tool in docs/experiments: the reference's numbers (vectors/test_time.json),
-speculative decoding is exact, caches, the limit on tokens, the controls."""
+"""specreason.py: the reference's numbers (vectors/test_time.json), eq. 4 is exact, caches."""
 
-import doctest
-import importlib.util
-import json
 import math
-import sys
 from random import Random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, lines_of, records_of
 from test_vectors import cases, check, near
 
 import rewards
 import specreason as sr
-
-# docs/experiments/specreason.py has the name of the script
-PATH = ROOT / "docs" / "experiments" / "specreason.py"
-spec = importlib.util.spec_from_file_location("specreason_tool", PATH)
-tool = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
 
 
 @pytest.fixture(autouse=True)
@@ -89,14 +77,6 @@ def test_eq4_probabilities_equal_the_reference(case):
     rates = [math.nan if rate is None else rate for rate in rates]
     assert sr.acceptance(p, q).tolist() == pytest.approx(rates, abs=1e-9, nan_ok=True)
     near("test_time", case, sr.residual(p, q).tolist(), expected["residual"] or p.tolist(), 1e-9)
-    # through `verify`: every token the draft could propose, at every uniform of a fine grid
-    mass = torch.zeros_like(p)
-    for token in q.nonzero()[:, 0].tolist():
-        for u in range(200):
-            drafted, uniform = torch.tensor([token]), torch.tensor([(u + 0.5) / 200])
-            kept, behind = sr.verify(torch.stack([p, p]), q[None], drafted, uniform)
-            mass += q[token] / 200 * (torch.eye(len(p))[token] if kept else behind)
-    assert mass.tolist() == pytest.approx(expected["first_token_distribution"], abs=5e-3)
 
 
 @cases("test_time", "speculative_decoding", keep=lambda case: "draft_tokens" in case["input"])
@@ -106,18 +86,6 @@ def test_eq4_a_round_equals_the_reference(case):
     kept, behind = sr.verify(p, q, torch.tensor(given["draft_tokens"]), uniforms)
     check("test_time", case, kept, expected["n_accepted"])
     near("test_time", case, behind.tolist(), expected["last_token_distribution"], 1e-9)
-
-
-@cases("test_time", "speculative_decoding", keep=lambda c: {"alpha", "alphas"} & c["input"].keys())
-def test_predicted_speedups_equal_the_reference(case):
-    given, expected = case["input"], case["expected"]
-    alphas = given.get("alphas") or [given["alpha"]] * given["gamma"]
-    found = tool.expected_tokens(alphas)
-    near("test_time", case, found, expected["expected_tokens_per_target_call"], 1e-9)
-    if "cost_ratio_c" in given:
-        found = tool.decoding_speedup(alphas, given["cost_ratio_c"])
-        near("test_time", case, found, expected["walltime_factor_verify_cost_1"], 1e-9)
-    assert tool.step_speedup(24, 0.5, 2, 0.75) == pytest.approx(24 / (12 + 2 + 6))
 
 
 def test_eq3_by_hand():
@@ -134,11 +102,8 @@ def test_temperature_and_nucleus():
     assert sr.distribution(logits, 0.0).tolist() == [1.0, 0.0, 0.0, 0.0]
 
 
-V, N = 12, 2000
-
-
 class Table:
-    """In place of a Reader: a bigram model, a table of distributions (V, V)."""
+    """In place of a Reader: a bigram model, a table of distributions (12, 12)."""
 
     def __init__(self, logits: torch.Tensor, seed: int):
         self.rows, self.known = logits.softmax(-1), 99
@@ -159,50 +124,26 @@ class Table:
 
 def tables() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    p, noise = (torch.randn(V, V, generator=generator, dtype=torch.float64) for _ in range(2))
+    p, noise = (torch.randn(12, 12, generator=generator, dtype=torch.float64) for _ in range(2))
     return p, 0.6 * p + 0.9 * noise
 
 
-def deviates(p: torch.Tensor, base: Table, draft: Table) -> bool:
-    """N times two tokens behind token 0 against their joint distribution: is chi-square beyond
-    its 0.999 quantile (Wilson-Hilferty)? Cells with an expectation below 5 are one."""
-    counts = np.zeros((V, V))
-    for _ in range(N):
+def test_eq4_is_exact():
+    """Two tokens behind token 0, 2000 times, against their joint distribution: chi-square is below
+    its 0.999 quantile (Wilson-Hilferty). Cells with an expectation below 5 are one."""
+    (p, q), counts = tables(), np.zeros((12, 12))
+    base, draft = Table(p, 1), Table(q, 2)
+    for _ in range(2000):
         a, b = sr.write_speculatively(base, draft, [0], 2, set(), 2, [])
         counts[a, b] += 1
     probs = p.softmax(-1)
-    expected = N * (probs[0][:, None] * probs).flatten().numpy()
+    expected = 2000 * (probs[0][:, None] * probs).flatten().numpy()
     rare, counts = expected < 5, counts.ravel()
     e = np.append(expected[~rare], expected[rare].sum())
     c = np.append(counts[~rare], counts[rare].sum())
     k = len(c) - 1
-    return ((c - e) ** 2 / e).sum() > k * (1 - 2 / (9 * k) + 3.09 * math.sqrt(2 / (9 * k))) ** 3
-
-
-def match_only(p, q, drafted, uniforms):
-    """Keep what the base itself would draw, but then use the residual."""
-    own = [int(sr.draw(row[None], u.view(1, 1))) for row, u in zip(p[:-1], uniforms, strict=True)]
-    pairs = zip(own, drafted.tolist(), strict=True)
-    kept = next((i for i, (a, b) in enumerate(pairs) if a != b), len(drafted))
-    return kept, p[kept] if kept == len(drafted) else sr.residual(p[kept], q[kept])
-
-
-BUGS = "", "residual is p", "draft at 1.5", "greedy draft", "match only"
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_eq4_is_exact_and_four_planted_bugs_are_found(bug, monkeypatch):
-    p, q = tables()
-    draft, warm = Table(q, 2), Table(q / 1.5, 2)
-    if bug == "residual is p":
-        monkeypatch.setattr(sr, "residual", lambda p, q: p)
-    if bug == "match only":
-        monkeypatch.setattr(sr, "verify", match_only)
-    if bug == "draft at 1.5":  # drawn from another distribution than the ratio takes
-        draft.draw = lambda probs: warm.draw(warm.rows[(draft.rows == probs).all(-1)][0])
-    if bug == "greedy draft":
-        draft.draw = lambda probs: int(probs.argmax())
-    assert deviates(p, Table(p, 1), draft) == bool(bug)
+    limit = k * (1 - 2 / (9 * k) + 3.09 * math.sqrt(2 / (9 * k))) ** 3
+    assert ((c - e) ** 2 / e).sum() < limit
 
 
 def test_a_step_cut_inside_a_round_leaves_no_trace():
@@ -214,19 +155,19 @@ def test_a_step_cut_inside_a_round_leaves_no_trace():
 
 
 @pytest.fixture
-def pair_of(monkeypatch):
+def pair_of():
     """Makes a pair of models/tiny-judge and its draft."""
-    monkeypatch.setattr(tool, "measure", lambda *args: {})  # seconds
 
-    def pair_of(flags: str = "", kind=sr.Pair, double: bool = False) -> sr.Pair:
-        cfg = sr.parse_config(tool.Config, f"--model tiny-judge {flags}".split())
+    def pair_of(flags: str = "", double: bool = False) -> sr.Pair:
+        cfg = sr.parse_config(sr.Config, f"--model tiny-judge {flags}".split())
         run = SimpleNamespace(cfg=cfg, device=torch.device("cpu"), dtype=torch.float32)
         with torch.inference_mode(False):
             base = sr.Run.load(run, sr.BY_SIZE)[1]
             draft = sr.load_draft(run, base)
             if double:
                 base.double(), draft.double()
-            made = kind(cfg, base, draft, sr.Prompter(base, rewards.make_task(cfg.task), False))
+            made = sr.Pair(cfg, base, draft, sr.Prompter(base, rewards.make_task(cfg.task), False))
+        made.request = made.prompter.encode("<score>")
         made.own_steps = [-2.0, -0.5, -0.1]
         return made
 
@@ -235,21 +176,6 @@ def pair_of(monkeypatch):
 
 def training_problem(number: int) -> dict:
     return rewards.make_task("countdown").problem("train", 9, number)
-
-
-def test_eq4_a_real_model_writes_its_own_distribution(pair_of):
-    """z of the surprisal: sum of (-log p(x_t) - H_t) over its standard deviation is N(0, 1)."""
-    c = pair_of("--max_new_tokens 120")
-    total = variance = 0.0
-    for n in range(10):
-        a, _, _ = c.answer(n, training_problem(n), gamma=4)
-        logprobs = c.reread(a).double().log_softmax(-1)
-        p = logprobs.exp()
-        entropy = torch.special.entr(p).sum(-1)
-        spread = (p * logprobs.clamp(min=-100).square()).sum(-1) - entropy.square()
-        chosen = logprobs.gather(-1, torch.tensor(a.tokens)[:, None])[:, 0]
-        total, variance = total - float((chosen + entropy).sum()), variance + float(spread.sum())
-    assert abs(total) / math.sqrt(variance) < 4
 
 
 def test_eq4_greedy_tokens_are_equal(pair_of):
@@ -265,7 +191,7 @@ def test_eq1_thresholds_beyond_the_scale_are_the_models_alone(pair_of):
     c = pair_of("--max_new_tokens 150")
     c.drop = ()
     for n in range(2):
-        alone, *_ = c.answer(n, training_problem(n))
+        alone = c.answer(n, training_problem(n))[0]
         for threshold, model in ((10.0, c.base), (0.0, c.draft)):
             done, steps, record = c.answer(n, training_problem(n), c.points, threshold)
             uniforms = torch.tensor(sr.row_uniforms(0, int(model is c.draft), n, 0, 150))
@@ -288,7 +214,6 @@ def test_caches_hold_the_kept_text_and_nothing_else(pair_of, monkeypatch, score,
     monkeypatch.setattr(sr, "Reader", kept)
     # short steps, so that some are cut inside a round
     c = pair_of(f"--max_new_tokens 120 --max_step_tokens 13 --score {score}")
-    c.request = c.prompter.encode("<score>")
     done, _, record = c.answer(1, training_problem(1), c.points, 4.0, gamma=gamma)
     assert 0 < record["accepted"] < record["drafted"] and len(readers) == 2
     for reader in readers:
@@ -302,12 +227,12 @@ def test_caches_hold_the_kept_text_and_nothing_else(pair_of, monkeypatch, score,
 
 def test_eq2_the_digit_is_that_of_a_plain_pass(pair_of):
     """And <score> is forgotten at once."""
-    c, problem = pair_of("--score digit", tool.Experiment), training_problem(0)
+    c, problem = pair_of("--score digit"), training_problem(0)
     reader = sr.Reader(c.base, c.size, 100, c.cfg, (0,))
     line = c.prompter.task.trace(problem, Random(0)).partition("\n")[0] + "\n"
-    text, step = c.prompter.encode(c.prompter.text(problem)), c.prompter.encode(line)
+    text, step = map(c.prompter.encode, (c.prompter.text(problem), line))
     points = c.points(reader, text, step)
-    asked = torch.tensor([text + step + c.prompter.encode("<score>")])
+    asked = torch.tensor([text + step + c.request])
     digits = c.base.logits(c.base(asked))[0, -1][c.digits].softmax(-1)
     assert points == pytest.approx(float(digits @ torch.arange(10.0)), abs=0.02)
     assert reader.known == len(text + step) and digits[[0, 5, 9]].sum() > 0.95
@@ -330,86 +255,16 @@ def test_eq3_is_a_rank_among_the_bases_own_steps(pair_of):
         text, logits = text + tokens, logits[len(tokens) :]
 
 
-def test_padding_of_the_larger_vocabulary_is_cut_off(pair_of):
-    """Two models with one tokenizer and embeddings of two sizes (Qwen2.5-1.5B, -7B): p and q fit."""
-    c = pair_of("--max_new_tokens 9")
-    weight = c.draft.lm_head.weight
-    c.draft.lm_head.weight = torch.nn.Parameter(torch.cat([weight, weight]))
-    c.draft.config["vocab_size"] = 2 * len(weight)
-    c.draft.vocab_bias = torch.zeros(2 * len(weight))
-    other = sr.Pair(c.cfg, c.base, c.draft, c.prompter)
-    assert max(other.answer(1, training_problem(1), gamma=2)[0].tokens) < c.size == other.size
-
-
 def test_comparison_by_hand():
-    step, refused, unasked = (
-        sr.Step([7, 8], writer, score, [1, 2, 3])
-        for writer, score in (("draft", 5.0), ("base", 1.0), ("base", None))
-    )
+    parts = ("draft", 5.0), ("base", 1.0), ("base", None)  # kept, refused, not asked
+    steps = [sr.Step([7, 8], writer, score, [1, 2, 3]) for writer, score in parts]
     done = SimpleNamespace(score={"correct": True}, tokens=[0] * 6, finished=False)
-    right = sr.count(done, [step, refused, unasked], [(4, 2), (4, 4)]) | {"seconds": 2.0}
-    names = "drafted accepted discarded rounds passed tested"
-    assert [right[name] for name in names.split()] == [2, 1, 3, 2, 6, 7]
+    right = sr.count(done, steps, [(4, 2), (4, 4)]) | {"seconds": 2.0}
+    names = "drafted", "accepted", "discarded", "rounds", "passed", "tested"
+    assert [right[name] for name in names] == [2, 1, 3, 2, 6, 7]
     wrong = right | {"accuracy": 0.0, "seconds": 4.0}
     pairs = (right, wrong), (right, right), (wrong, wrong)
     found = sr.compare([{"base": base, "x": x} for base, x in pairs] + [{"base": right}])
-    assert found["eval/gap/x"] == pytest.approx(-1 / 3)
-    assert found["eval/gap_se/x"] == pytest.approx(1 / 3)
-    assert found["eval/speedup/x"] == pytest.approx(8 / 10)
-    assert found["eval/acceptance/x"] == 0.5 and found["eval/alpha/x"] == pytest.approx(6 / 7)
-    assert found["eval/accuracy/base"] == 0.75
-
-
-def test_tool_and_script_write_the_same(cwd, capfd, monkeypatch):
-    """The tool more of it, also when it goes on with more problems."""
-
-    def calibrate(pair):  # seconds
-        pair.own_steps = [-2.0, -0.5, -0.1]
-
-    def go(loop, config, flags):
-        with torch.inference_mode(False):
-            assert sr.main(loop, config, flags.split()) == 0
-        return capfd.readouterr().out
-
-    monkeypatch.setattr(sr.Pair, "calibrate", calibrate)
-    flags = "--max_new_tokens 16 --max_step_tokens 8"
-    go(sr.solve, sr.Config, f"{flags} --eval_problems 3 --out a")
-    flags += " --sweep_problems 1 --thresholds 1,9"
-    go(tool.experiment, tool.Config, f"{flags} --eval_problems 2 --out b")
-    printed = go(tool.experiment, tool.Config, "--resume b --eval_problems 3")
-    plain, more = (records_of(cwd / name)[-1]["records"] for name in "ab")
-    assert "threshold 9" in more[0] and more[1].keys() == plain[1].keys()
-    for a, b in zip(plain, more, strict=True):
-        for way in a:
-            marks, graded = (record[way].pop("marks") for record in (a, b))
-            assert a[way] == b[way] and [u for u, _ in marks] == [u for u, _ in graded]
-    assert [row["step"] for row in lines_of(cwd / "b" / "metrics.jsonl")] == [2, 3]
-    assert "predicted specreason" in printed
-    assert go(tool.experiment, tool.Config, "--tables b").strip() in printed
-
-
-def test_a_coin_keeps_the_share_of_steps(pair_of):
-    c, kept = pair_of("--max_new_tokens 60 --threshold 4", tool.Experiment), []
-    for n in range(4):
-        for name in ("specreason", "coin"):
-            _, _, record = c.answer(n, training_problem(n), **c.ways(0)[name])
-            kept.append(record["accepted"] / record["drafted"])
-    assert 0.2 < np.mean(kept[::2]) < 0.95
-    assert np.mean(kept[1::2]) == pytest.approx(np.mean(kept[::2]), abs=0.25)
-
-
-def test_data_that_teaches_a_judge(tmp_path):
-    """Every step of an answer with its grade, behind what a perfect judge leaves of those before."""
-    right, wrong, last = "7+5*1=7+5=12>2\n", "7-5*1=7-5=3>2\n", "</think><answer>7-5*1</answer>"
-    answer = {"prompt": "7,1,5=2<think>", "completion": right + wrong + right + last}
-    drafted, made = tmp_path / "drafted.jsonl", tmp_path / "judge.jsonl"
-    drafted.write_text(30 * (json.dumps(answer) + "\n"), encoding="utf-8")
-    tool.graded_steps(str(drafted), str(made), 0)
-    rows = {(row["prompt"], row["completion"]) for row in lines_of(made)}
-    cases = [(right, "9"), (wrong, "0"), (right + wrong, "0"), (right + right, "5")]
-    cases += [(kept + last + "<eos>", "9") for kept in ("", right, right + right)]
-    assert rows == {(f"7,1,5=2<think>{text}<score>", grade) for text, grade in cases}
-
-
-def test_docstring_examples_of_the_tool():
-    assert doctest.testmod(tool) == (0, 5)
+    expected = {"gap": -1 / 3, "gap_se": 1 / 3, "speedup": 0.8, "acceptance": 0.5, "alpha": 6 / 7}
+    for name, value in expected.items():
+        assert found[f"eval/{name}/x"] == pytest.approx(value), name
