@@ -1,40 +1,24 @@
-"""budget_forcing.py and its baselines: the reference's state machine, the cache, metrics, votes."""
+"""budget_forcing.py: the reference's state machine (vectors/test_time.json), cache, metrics."""
 
-import doctest
-import importlib.util
-import math
-import os
 import re
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, lines_of, metrics_of, records_of, vectors
+from conftest import lines_of, vectors
+from test_vectors import cases
 
 import budget_forcing as bf
 import rewards
 
-PATH = ROOT / "docs/experiments/budget_forcing.py"  # of the script's name
-spec = importlib.util.spec_from_file_location("budget_forcing_baselines", PATH)
-tool = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
-VECTORS = vectors("test_time")
 S1 = {"think_stop": "<|im_start|>", "think_end": "<|im_start|>answer"}
 S1["final_prefix"] = "\nFinal Answer:"
 
 
-def cases(section: str):
-    found = VECTORS.get(section, [])
-    return pytest.mark.parametrize("case", found, ids=[case["name"] for case in found])
-
-
 class Tape(torch.nn.Module):
-    """A model that wants to say a row's tape, token by token, or else its next choice there.
-
-    It has the parts of Model that force_budget uses: rows go through the loop of real models.
-    """
+    """The parts of Model that force_budget uses; wants to say a row's tape, token by token, or
+    else its next choice there."""
 
     is_tiny, compute_dtype, decoding = False, None, None
 
@@ -74,12 +58,12 @@ GIVEN = "Q", "<|im_start|>", "think"
 WORDS = "<|im_end|>", "\n", "answer", "Final", " Answer", ":", "Wait", "Hmm", *GIVEN
 
 
-def play(monkeypatch, tapes: list, options: list[dict], words=(), kind=bf.Row, tries: int = 1):
+def play(monkeypatch, tapes: list, options: list[dict], words=()):
     """Rows of the tapes, decoded together."""
     model = Tape(tapes, [*WORDS, *words])
     texts = model.encode, model.decode, model.eos_ids, ()
-    rows = [kind(model.encode("".join(GIVEN)), bf.Rules(*texts, **one)) for one in options]
-    emit, take = bf.Decoding.emit, kind.take
+    rows = [bf.Row(model.encode("".join(GIVEN)), bf.Rules(*texts, **one)) for one in options]
+    emit, take = bf.Decoding.emit, bf.Row.take
 
     def noted_emit(s, logits):
         emit(s, logits)
@@ -91,11 +75,8 @@ def play(monkeypatch, tapes: list, options: list[dict], words=(), kind=bf.Row, t
         take(row, token, logprob)
 
     monkeypatch.setattr(bf.Decoding, "emit", noted_emit)
-    monkeypatch.setattr(kind, "take", noted_take)
-    for row in rows:
-        row.rules.tries = tries
-    room = tries * max(row.rules.room for row in rows)
-    bf.force_budget(model, rows, torch.zeros(len(rows), room), 0.0)
+    monkeypatch.setattr(bf.Row, "take", noted_take)
+    bf.force_budget(model, rows, torch.zeros(len(rows), max(row.rules.room for row in rows)), 0.0)
     assert all(row.done for row in rows)
     return model, rows
 
@@ -110,19 +91,17 @@ def calls_of(model: Tape, row: bf.Row) -> list[dict]:
 
 def test_sec31_evaluation_code_equals_the_reference(monkeypatch):
     """All cases as the rows of one batch: budgets, Waits and phases differ from row to row."""
-    cases, options = VECTORS.get("budget_forcing", []), []
+    cases, options = vectors("test_time")["budget_forcing"], []
     for given in [case["input"] for case in cases]:
-        cap, limit = given["max_tokens_thinking"], given["max_gen_toks"]
-        one = {"max_thinking": cap or limit, "max_answer": limit, "n_wait": given["n_ignore"]}
-        one |= {"wait": given["ignore_str"] or "", "budget_mode": "per_round"}
-        options.append(one | S1)
-    if not cases:
-        pytest.skip("tests/vectors/test_time.json is not there")
-    tapes = [case["input"]["tapes"]["Q0"] for case in cases]
-    model, rows = play(monkeypatch, tapes, options)
+        limit = given["max_gen_toks"]
+        one = {"max_thinking": given["max_tokens_thinking"] or limit, "max_answer": limit}
+        one |= {"n_wait": given["n_ignore"], "wait": given["ignore_str"] or ""}
+        options.append(one | S1 | {"budget_mode": "per_round"})
+    model, rows = play(monkeypatch, [case["input"]["tapes"]["Q0"] for case in cases], options)
     for case, row in zip(cases, rows, strict=True):
         *calls, answer = calls_of(model, row)
         record, expected, words = row.record(), case["expected"], answer["emitted"]
+        seen = row.ids[1 : len(row.ids) - len(words)]  # by the answer stage
         found = {
             "final_text": "<|im_start|>think" + row.text(),
             "thinking_calls": calls,
@@ -131,16 +110,13 @@ def test_sec31_evaluation_code_equals_the_reference(monkeypatch):
             "tokens_sampled_in_thinking": record["thinking"],
             "delimiters_suppressed": record["waits"],
             "end_forced_by_budget": record["forced"],
-            # what the answer stage saw: all but what it wrote itself
-            "answer_prompt_tokens": [
-                model.words[i] for i in row.ids[1 : len(row.ids) - len(words)]
-            ],
+            "answer_prompt_tokens": [model.words[i] for i in seen],
         }
         assert found == {name: expected[name] for name in found}, case["name"]
         assert len(row.logprobs) == len(row.ids) - row.start
 
 
-@cases("budget_forcing_readme")
+@cases("test_time", "budget_forcing_readme")
 def test_sec31_global_budget_equals_the_reference(monkeypatch, case):
     """Its loop appends no boundary: with empty strings the same machine is that procedure."""
     given, expected = case["input"], case["expected"]
@@ -151,17 +127,6 @@ def test_sec31_global_budget_equals_the_reference(monkeypatch, case):
     assert "<|im_start|>think" + row.text() == expected["generated_text"]
     assert row.waits == expected["waits_inserted"]
     assert calls_of(model, row) == expected["calls"]
-
-
-@cases("rejection_sampling")
-def test_rejection_sampling_equals_the_reference(monkeypatch, case):
-    options = {"max_thinking": case["input"]["max_tokens_thinking"], "max_answer": 9} | S1
-    _, (row,) = play(monkeypatch, [case["input"]["tape"]], [options], kind=tool.Rejected, tries=5)
-    expected, tries = case["expected"], row.rounds[:-1]
-    assert "<|im_start|>think" + row.text() == expected["final_text"]
-    assert [len(r.emitted) for r in tries] == expected["tokens_per_try"]
-    assert len(tries) == expected["tries"] and row.record()["filled"]
-    assert {r.max_tokens for r in tries} == {expected["call_max_tokens"]}
 
 
 def test_delimiter_of_several_tokens(monkeypatch):
@@ -201,9 +166,8 @@ def test_the_nth_draw_uses_the_nth_number():
     assert sum(row.waits for row in rows) > 4
     for row, numbers in zip(rows, map(iter, u.tolist()), strict=True):
         for r in row.rounds:
-            for i, token in enumerate(r.emitted):
-                number = next(numbers)
-                assert i < r.min_tokens or token == int(7 * number)
+            expected = [int(7 * next(numbers)) for _ in r.emitted]
+            assert r.emitted[r.min_tokens :] == expected[r.min_tokens :]
 
 
 @pytest.fixture(scope="module")
@@ -256,150 +220,31 @@ def test_larger_budgets_begin_as_smaller_ones(tiny):
         assert not a.forced or re.search(r"\n</think><answer>", a.text())
 
 
-def test_without_forcing_it_is_the_sampler(tiny):
-    rows = decode(tiny, 6, max_thinking=100)
-    uniforms = torch.tensor(np.stack([bf.row_uniforms(3, 0, i, 0, 124) for i in range(6)]))
-    s = bf.generate(tiny[0], [row.ids[: row.start] for row in rows], uniforms)
-    assert sum(not row.forced for row in rows) >= 2
-    for i, row in enumerate(rows):
-        written = s.tokens[i, : s.lengths[i]].tolist()
-        assert row.forced or row.ids[row.start :] == written
-
-
-@cases("metrics")
+@cases("test_time", "metrics")
 def test_eq1_to_eq3_metrics_equal_the_reference(case):
-    found, expected = bf.budget_metrics(case["input"]), case["expected"]
-    names = "control", "performance", "scaling", "scaling_log2"
     theirs = "control", "performance", "scaling_linear_pp_per_1000_tokens"
-    for name, other in zip(names, (*theirs, "scaling_log2_pp_per_doubling"), strict=True):
-        assert found[name] == pytest.approx(expected[other], rel=1e-9, abs=1e-12)
-
-
-@cases("voting")
-def test_votes_equal_the_reference(case):
-    given, expected = case["input"], case["expected"]
-    answers, steps = given["answers"], given["step_scores"]
-    valid = [None if answer == "[invalid]" else answer for answer in answers]  # tts leaves them out
-    reduced = {"last": [s[-1] for s in steps], "min": [min(s) for s in steps]}
-    reduced["prod"] = [math.prod(s) for s in steps]
-    assert tool.vote(answers) == expected["hf_majority"]
-    assert tool.vote(valid) == expected["tts_majority_vote"]
-    for name, scores in reduced.items():
-        assert tool.best_of_n(answers, scores) == expected[f"hf_best_of_n_{name}"]
-        assert tool.vote(answers, scores) == expected[f"hf_weighted_best_of_n_{name}"]
-        if f"tts_prm_{name}_max" in expected:
-            assert tool.best_of_n(valid, scores) == expected[f"tts_prm_{name}_max"]
-            assert tool.vote(valid, scores) == expected[f"tts_prm_{name}_vote"]
-
-
-BASE = {"thinking": 1, "sampled": 1, "waits": 0, "forced": False, "answered": True, "filled": True}
+    expected = [case["expected"][name] for name in (*theirs, "scaling_log2_pp_per_doubling")]
+    found = list(bf.budget_metrics(case["input"]).values())
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_eq4_repair_and_flip_explain_the_gain():
-    """2 of 3 wrong ones repaired, 1 of 2 right ones flipped; 2/5 becomes 3/5."""
-    before, after = [1, 1, 0, 0, 0], [1, 0, 1, 1, 0]
-    records = [[BASE | {"correct": bool(c)} for c in column] for column in (after, before)]
-    found = bf.outcome(*records)
-    assert found["repaired"] == pytest.approx(2 / 3) and found["flipped"] == 0.5
-    assert found["gain"] == pytest.approx((1 - 2 / 5) * found["repaired"] - 2 / 5 * 0.5)
-    assert found["gain"] == pytest.approx(0.2)
-    assert found["gain_se"] == pytest.approx((0.56 / 5) ** 0.5)  # 0 -1 1 1 0: variance 0.56
-    assert found["accuracy_se"] == pytest.approx((5 / 4 * 0.6 * 0.4 / 5) ** 0.5)
+    """2 of 3 wrong ones repaired, 1 of 3 right ones flipped; 3/6 becomes 4/6."""
+    before, after = [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 1, 0]
+    same = dict.fromkeys(("thinking", "sampled", "waits", "forced", "answered", "filled"), 1)
+    found = bf.outcome(*([same | {"correct": c} for c in column] for column in (after, before)))
+    assert found["repaired"] == pytest.approx(2 / 3) and found["flipped"] == pytest.approx(1 / 3)
+    assert found["gain"] == pytest.approx(1 / 6)
+    assert found["gain_se"] == pytest.approx((17 / 36 / 6) ** 0.5)  # of 0 0 -1 1 1 0
+    assert found["accuracy_se"] == pytest.approx((6 / 5 * 2 / 9 / 6) ** 0.5)
 
 
-def test_pooled_answers():
-    """Of four answers with one right: the majority is wrong, the likeliest of two right."""
-    natural = []
-    for answer, score in (("a", 0.1), ("b", 0.9), ("a", 0.2), (None, 0.3)):
-        natural.append(BASE | {"answer": answer, "score": score, "correct": answer == "b"})
-    got = {}
-    for side, k in (("vote", 4), ("best", 2), ("any", 1), ("any", 4)):
-        (record,) = tool.pooled(side, k, natural, 4)
-        got[side, k] = record["correct"], record["thinking"]
-    assert got == {("vote", 4): (0, 4), ("best", 2): (1, 2), ("any", 1): (0, 1), ("any", 4): (1, 4)}
-
-
-def test_doctests():
-    failed, tried = doctest.testmod(tool)
-    assert tried and not failed
-
-
-def start(module, small, capfd, flags: str) -> SimpleNamespace:
-    given = "--caps 4,8,12 --max_new_tokens 20 --eval_problems 3 --waits 1,2"
-    if module is tool:
-        given += " --eval_samples 2 --tries 2"
-    argv = ["--model", str(small), *given.split(), *flags.split()]
-    capfd.readouterr()
-    code = bf.main(module.solve, module.Config, argv)
-    return SimpleNamespace(code=code, **dict(zip(("out", "err"), capfd.readouterr(), strict=True)))
-
-
-SIDES = ["cap"] * 3 + ["vote", "best", "any"] + ["wait"] * 2 + ["none", "word", "reject"]
-
-
-def test_runs_of_the_tool(small, cwd, capfd, monkeypatch):
-    """One that is interrupted and resumed equals one that was not; the script writes the same."""
-    done = start(tool, small, capfd, "--out a")
-    assert (done.code, done.err) == (0, "")
-    refused = start(tool, small, capfd, "--length_prompt")
-    assert refused.code == 2 and "error: --length_prompt: " in refused.err  # it has no words
-    assert re.search(r"^cap +control 1, performance \d", done.out, re.MULTILINE)
-    records = records_of(cwd / "a")
-    assert [record["of"][1] for record in records] == SIDES
-    for record in records[:3]:
-        assert all(r["thinking"] <= record["of"][2] for r in record["records"])
-
-    log = bf.Run.log
-
-    def stopped(run, step, *args, **options):
-        log(run, step, *args, **options)
-        run.got = 2 * (step == 4)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(bf.Run, "log", stopped)
-        assert start(tool, small, capfd, "--out b").code == 130
-    assert len(records_of(cwd / "b")) == 4
-    assert bf.main(tool.solve, tool.Config, ["--resume", "b"]) == 0
-    assert metrics_of(cwd / "b") == metrics_of(cwd / "a") and records_of(cwd / "b") == records
-    samples = [(cwd / name / "samples.jsonl").read_bytes() for name in "ab"]
-    assert samples[0] == samples[1]
-
-    assert start(bf, small, capfd, "--out c").code == 0
-    others = {tuple(record["of"][1:3]): record for record in records}
-    for record in records_of(cwd / "c"):
-        other = others[tuple(record["of"][1:3])]
-        assert record["of"] == other["of"]
-        assert record["records"] == [r for r in other["records"] if r["sample"] == 0]
-
-
-def test_temperature_0_draws_nothing_and_another_opening_of_the_thinking(small, cwd, capfd):
+def test_temperature_0_draws_nothing_and_another_opening_of_the_thinking(run, cwd):
     tokens, runs = {}, {"a": "--temperature 0", "b": "--temperature 0 --seed 1", "c": ""}
     for name, flags in runs.items():
         flags += " --budget_mode per_round --caps 4,8 --waits 1 --think_start <think>9"
-        assert start(bf, small, capfd, f"{flags} --out {name}").code == 0
+        assert run("budget_forcing", f"{flags} --out {name}").code == 0
         rows = lines_of(cwd / name / "samples.jsonl")
         tokens[name] = [row["tokens"] for row in rows]
         assert all(re.fullmatch(r"[^<>]+<think>9", row["prompt"]) for row in rows)
     assert tokens["a"] == tokens["b"] != tokens["c"]
-
-
-def test_canonical_expressions():
-    key = tool.canonical_expression
-    assert key("(7+5)*1-2") == key("-2+(5+7)*1") != key("(7+5-2/1)")
-    assert key("8/(2*3)") == key("8/3/2") and key("8-2-3") == key("8-(3+2)")
-    assert key("8-2") != key("2-8") and key("1/0") is key("7*") is None
-
-
-SMOLLM2 = os.environ.get("SMOLLM2", "")
-
-
-@pytest.mark.skipif(not SMOLLM2, reason="SMOLLM2 names no folder: python tests/smollm2.py DIR")
-def test_smollm2(cwd):
-    """A delimiter of several tokens, "Wait" and a forced answer on a real model."""
-    flags = "--caps 6,12 --max_new_tokens 20 --eval_problems 1 --eval_samples 1 --waits 1 --tries 1"
-    argv = ["--model", SMOLLM2, *flags.split(), "--length_prompt", "--out", "a"]
-    assert bf.main(tool.solve, tool.Config, argv) == 0
-    rows = lines_of(cwd / "a/samples.jsonl")
-    assert sum("</think><answer>" in "".join(row["pieces"]) for row in rows) >= 2
-    asked = [row["prompt"] for row in rows if "Think for up to" in row["prompt"]]
-    assert "up to 6 tokens." in asked[0] and "up to 12 tokens." in asked[1]
