@@ -1,23 +1,21 @@
 """coconut.py: the reference's numbers (vectors/latent.json), thoughts recomputed, its runs."""
 
-import importlib.util
-import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, VECTORS, FakeRun, lines_of, vectors
+from conftest import VECTORS, FakeRun, lines_of, vectors
 from safetensors.torch import load_file
+from test_vectors import cases
 
 import coconut
 
-CASES = vectors("latent").get("coconut", {})
-IDS = CASES.get("special", dict.fromkeys(("start_latent", "latent", "end_latent"), 0))
-MARKERS = (IDS["start_latent"], IDS["latent"], IDS["end_latent"])
-PLACE = MARKERS[1]
-reference = pytest.mark.skipif(not CASES, reason="tests/vectors/latent.json is not there")
+CASES = vectors("latent")["coconut"]
+IDS = CASES["special"]
+MARKERS = IDS["start_latent"], IDS["latent"], IDS["end_latent"]
+ABOUT = next(model for model in CASES["models"] if model["kind"] == "llama")
+TENSORS = load_file(VECTORS / "latent.safetensors")
 
 
 def words(text: str) -> list[int]:
@@ -37,40 +35,27 @@ def layout_of(sample: dict, key: tuple, answered: bool = True) -> tuple[list[int
     return coconut.layout(question, steps, answer, markers, skipped, thoughts)
 
 
-@pytest.mark.parametrize("case", CASES.get("layouts", []))
+@cases("latent", "coconut", "layouts")
 def test_eq2_layouts_equal_the_reference(case):
     """Ids, labels, positions and masks of every row, and the prompt of every evaluation."""
     names = "mode", "stage", "c", "max_latent_stage", "pad_latent_to_max"
     key, rows = tuple(case[name] for name in names), (case["train"], case["question_only"])
     for sample, row, asked in zip(CASES["samples"], *rows, strict=True):
         ids, mask = layout_of(sample, key)
-        assert ids == row["input_ids"]
         labels = [i if learnt else -100 for i, learnt in zip(ids, mask, strict=True)]
-        assert labels == row["labels"]
+        assert (ids, labels) == (row["input_ids"], row["labels"])
         assert layout_of(sample, key, answered=False)[0] == asked
-    pause, plan = (coconut.stage_plan(m, key[1], 3, *key[2:]) for m in ("pause", "coconut"))
-    assert pause == plan
-
-
-@pytest.fixture(scope="module")
-def about() -> dict:
-    return next(model for model in CASES["models"] if model["kind"] == "llama")
-
-
-@pytest.fixture(scope="module")
-def tensors() -> dict:
-    return load_file(VECTORS / "latent.safetensors")
 
 
 @pytest.fixture
-def llama(about, tensors) -> "coconut.Model":
+def llama() -> "coconut.Model":
     names = {"vocab_size": "vocab", "hidden_size": "d_model", "num_attention_heads": "n_heads"}
     names |= {"num_key_value_heads": "n_kv_heads", "num_hidden_layers": "n_layers"}
     names |= {"intermediate_size": "intermediate", "rms_norm_eps": "rms_norm_eps"}
-    config = {ours: about[theirs] for ours, theirs in names.items()}
-    config |= {"model_type": "llama", "rope_theta": about["rope_theta"]}
-    model = coconut.Model(config | {"tie_word_embeddings": True, "latent_token_id": PLACE})
-    weights = {n.removeprefix("llama."): t for n, t in tensors.items() if "llama.model." in n}
+    config = {ours: ABOUT[theirs] for ours, theirs in names.items()}
+    config |= {"model_type": "llama", "rope_theta": ABOUT["rope_theta"]}
+    model = coconut.Model(config | {"tie_word_embeddings": True, "latent_token_id": IDS["latent"]})
+    weights = {n.removeprefix("llama."): t for n, t in TENSORS.items() if "llama.model." in n}
     missing, unknown = model.load_state_dict(weights, strict=False)
     assert missing == ["lm_head.weight"] and not unknown
     model.eos_ids = [IDS["eos"]]
@@ -91,44 +76,37 @@ def padded(rows: list) -> tuple[torch.Tensor, torch.Tensor]:
     return coconut.pad_rows(ids, cpu, torch.long), coconut.pad_rows(masks, cpu, torch.bool)
 
 
-@reference
-def test_eq1_logits_and_number_of_passes_equal_the_reference(llama, about, tensors):
+def test_eq1_logits_and_number_of_passes_equal_the_reference(llama):
     """It pads on the left to align first thoughts."""
     passes = []
-
-    def note(layer, inputs, output):
-        passes.append(output.shape[1])
-
-    llama.model.layers[0].register_forward_hook(note)
+    llama.model.layers[0].register_forward_hook(lambda *args: passes.append(args[2].shape[1]))
     logits = llama.logits(llama(padded(batch_rows())[0]))
     for row, seen in enumerate(CASES["batch"]["attention_mask"]):
-        theirs = tensors["llama.logits"][row][torch.tensor(seen).bool()]
+        theirs = TENSORS["llama.logits"][row][torch.tensor(seen).bool()]
         torch.testing.assert_close(logits[row, : len(theirs)], theirs, atol=1e-4, rtol=0)
-    assert len(passes) == about["n_forward_passes"] == 5 and passes[1:4] == [1, 1, 1]
+    assert len(passes) == ABOUT["n_forward_passes"] == 5 and passes[1:4] == [1, 1, 1]
 
 
-@reference
-def test_eq3_loss_and_gradient_norms_equal_the_reference(llama, about):
+def test_eq3_loss_and_gradient_norms_equal_the_reference(llama):
     """In micro-batches too: the sum over all, divided by the tokens of all."""
     rows, weights = batch_rows(), dict(llama.named_parameters())
     for limit in (10**6, 64):
         run = FakeRun(coconut.Config(micro_batch_tokens=limit))
         loss = coconut.descend(run, llama, None, rows)["loss"]
-        assert loss == pytest.approx(about["loss"], abs=1e-4)
+        assert loss == pytest.approx(ABOUT["loss"], abs=1e-4)
         parts = run.gradients[0].split([weight.numel() for weight in weights.values()])
         norms = {name: part.norm().item() for name, part in zip(weights, parts, strict=True)}
-        assert norms == pytest.approx(about["grad_norm"], rel=1e-3)
+        assert norms == pytest.approx(ABOUT["grad_norm"], rel=1e-3)
     llama.config["latent_token_id"] = None  # a pause: a token like others
     loss = coconut.descend(run, llama, None, rows)["loss"]
-    assert loss == pytest.approx(about["pause_as_thought_loss_same_weights"], abs=1e-4)
+    assert loss == pytest.approx(ABOUT["pause_as_thought_loss_same_weights"], abs=1e-4)
 
 
-@reference
-def test_eq1_greedy_outputs_equal_the_reference(llama, about):
+def test_eq1_greedy_outputs_equal_the_reference(llama):
     """Both prompts in one batch, cached, with 2 and 4 thoughts."""
-    prompts = [case["prompt"] for case in about["greedy"]]
+    prompts = [case["prompt"] for case in ABOUT["greedy"]]
     done = coconut.generate(llama, prompts, torch.zeros(2, 8), temperature=0.0)
-    for row, case in enumerate(about["greedy"]):
+    for row, case in enumerate(ABOUT["greedy"]):
         written = done.tokens[row, : done.lengths[row]].tolist()
         assert case["prompt"] + written == case["output"]
 
@@ -142,35 +120,22 @@ def naive(model: "coconut.Model", ids: list[int]) -> torch.Tensor:
     return model(torch.stack(embeddings)[None])[0]
 
 
-def random_rows(counts: list[int]) -> list[tuple[list[int], list[int]]]:
-    """Rows with questions of 2 to 14 tokens and these numbers of thoughts."""
-    rng = coconut.Random(str(counts))
-
-    def some(low: int, high: int) -> list[int]:
-        return [rng.randint(3, 16) for _ in range(rng.randint(low, high))]
-
-    return [coconut.layout(some(2, 14), [some(1, 5)], some(1, 9), MARKERS, 0, n) for n in counts]
-
-
-COUNTS = [0, 1, 2, 3, 4, 5, 6], [6, 0], [1], [0, 0], [6, 1, 0, 3]
-
-
-@reference
-@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("counts", [[0, 1, 2, 3, 4, 5, 6], [6, 0], [1], [0, 0], [6, 1, 0, 3]])
 def test_eq1_batch_equals_naive_recomputation(llama, counts):
-    """Hidden states and gradients in float64, one row at a time."""
+    """Hidden states and gradients in float64, one row at a time; numbers of thoughts."""
     llama.double()
-    rows = random_rows(counts)
+    rows, rng = [], coconut.Random(str(counts))
+    for count in counts:
+        asked, step, answer = (rng.choices(range(3, 17), k=rng.randint(1, 14)) for _ in range(3))
+        rows.append(coconut.layout(asked, [step], answer, MARKERS, 0, count))
     tokens, _ = padded(rows)
     inside, _ = padded([([1] * len(ids), mask) for ids, mask in rows])
     hidden = llama(tokens)[inside.bool()]
     alone = torch.cat([naive(llama, ids) for ids, _ in rows])
     torch.testing.assert_close(hidden, alone, atol=1e-11, rtol=0)
     weights = torch.arange(hidden.numel()).double().sin().view_as(hidden)
-    parameters = list(llama.model.parameters())
-    found, expected = (
-        torch.autograd.grad((states * weights).sum(), parameters) for states in (hidden, alone)
-    )
+    wanted = list(llama.model.parameters())
+    found, expected = (torch.autograd.grad((x * weights).sum(), wanted) for x in (hidden, alone))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-9)
 
@@ -179,26 +144,23 @@ def prompter_of(folder, flags: str = "", task: str = "affine") -> tuple:
     """A model with markers in `folder`, and its prompter."""
     flags = f"--max_stage 3 --task {task} {flags}"
     cfg = coconut.parse_config(coconut.Config, flags.split())
-    source = folder / "new"
+    source = Path(cfg.model)
     if cfg.model == "scratch":
+        source = folder / "new"
         coconut.make_scratch(cfg, source)
-    else:
-        source = coconut.resolve_model(cfg.model)
     coconut.add_markers(source, folder, cfg.mode)
     model = coconut.load_model(folder)
     return model, coconut.ThoughtPrompter(model, coconut.make_task(task), cfg)
 
 
-MODES = ["coconut", "cot", "no_cot", "no_thoughts", "pause", "no_curriculum"]
-
-
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", coconut.get_args(coconut.Config.__annotations__["mode"]))
 def test_eq2_rows_and_prompts_of_every_mode(tmp_path, mode):
     """A prompt is the start of the row of the same stage; token counts follow the paper."""
     model, prompter = prompter_of(tmp_path, f"--mode {mode}")
     assert prompter.stage == (4 if mode in ("no_cot", "no_curriculum") else 0)
     problem = {"start": 3, "operations": ["+2", "*4", "+6"]}
     steps = ["3+2=5\n", "5*4=6\n", "6+6=5\n"]
+    assert coconut.stage_plan("coconut", 3, 5, 2, 3) == (3, 6)  # the last stage but one
     marked, place = mode in ("coconut", "pause", "no_curriculum"), prompter.markers[1]
     thinks = mode in ("coconut", "no_curriculum")
     assert model.config["latent_token_id"] == (place if thinks else None)
@@ -219,13 +181,10 @@ def test_eq2_rows_and_prompts_of_every_mode(tmp_path, mode):
 
 def test_generated_tokens_by_hand(monkeypatch):
     """Three thoughts and answers of two tokens, of which the last is an end in three of four."""
-    logged = {}
-    monkeypatch.setattr(
-        coconut, "plain_log", lambda run, step, metrics, show: logged.update(metrics)
-    )
-    evaluation = {"eval/thoughts": 3.0, "eval/completion_length": 2.0, "eval/clipped_ratio": 0.25}
-    coconut.log_tokens(None, 7, evaluation)
-    assert logged["eval/generated_tokens"] == 3 + 2 - 0.75
+    monkeypatch.setattr(coconut, "plain_log", lambda *args: None)
+    metrics = {"eval/thoughts": 3.0, "eval/completion_length": 2.0, "eval/clipped_ratio": 0.25}
+    coconut.log_tokens(None, 7, metrics)
+    assert metrics["eval/generated_tokens"] == 3 + 2 - 0.75
 
 
 def test_new_tokens_start_like_an_existing_one(tmp_path, small):
@@ -246,90 +205,16 @@ def test_new_tokens_start_like_an_existing_one(tmp_path, small):
     assert ids.count(size + 1) == 2 and "### " in prompter.decode(ids)
 
 
-def rows_with(folder, name: str) -> list[dict]:
-    return [row for row in lines_of(folder / "metrics.jsonl") if name in row]
-
-
-def test_stages_follow_the_clock(run, cwd, experiments, capfd):
-    """One step a stage; and what docs/experiments prints of the run is what its log says."""
+def test_stages_follow_the_clock(run, cwd):
+    """One step a stage."""
     assert coconut.next_stage(1, [1.0] * 19, 30, 0.9, 900) == 1  # 20 are needed to judge
+    assert coconut.next_stage(1, [0.9] * 20, 30, 0.9, 900) == 2
     flags = "--mode coconut --uniform_prob 0 --stage_steps 1 --steps 5 --out a"
     assert run("coconut", flags).code == 0
-    rows = rows_with(cwd / "a", "loss")
-    assert [row["stage"] for row in rows] == [0, 1, 2, 3, 4]
+    rows = lines_of(cwd / "a" / "metrics.jsonl")
+    trained = [row for row in rows if "loss" in row]
+    assert [row["stage"] for row in trained] == [0, 1, 2, 3, 4]
     names = "step", "eval/stage", "eval/thoughts"
-    found = [tuple(row[name] for name in names) for row in rows_with(cwd / "a", "eval/stage")]
+    found = [tuple(row[name] for name in names) for row in rows if "eval/stage" in row]
     assert found == [(1, 0, 0), (2, 1, 1), (3, 2, 2), (4, 3, 3), (5, 4, 3), (0, 4, 3)]
-    assert rows[0]["tokens"] > rows[3]["tokens"] == rows[4]["tokens"]
-    assert experiments.main(["a"]) == 0
-    lines = capfd.readouterr().out.splitlines()
-    heads = [line.partition(",")[0] for line in lines[:5]]
-    assert heads == [f"step {stage + 1}: stage {stage}" for stage in range(5)]
-    assert [line[:9] for line in lines[5:]] == ["thought 1", "thought 2", "thought 3"]
-
-
-def test_mixed_batches_are_of_any_stage(run, cwd):
-    flags = "--mode pause --uniform_prob 1 --steps 30 --eval_problems 0 --out a"
-    assert run("coconut", flags).code == 0
-    assert {row["stage"] for row in rows_with(cwd / "a", "loss")} == {0, 1, 2, 3, 4}
-
-
-def test_a_slow_rank_still_finds_the_start(run_ranks, monkeypatch):
-    real = coconut.Run.report
-
-    def late(self, *args):
-        time.sleep(0.5 * self.rank)
-        return real(self, *args)
-
-    monkeypatch.setattr(coconut.Run, "report", late)
-    codes, _ = run_ranks("coconut", 2, "--out two --eval_problems 0")
-    assert codes == [0, 0]
-
-
-def test_a_file_by_epochs(run, cwd):
-    """Eight rows a step: two epochs of 24 rows or so are the stage."""
-    chains = []
-    for i in range(30):
-        steps = [f"{i}+1={i + 1}"] * (1 + i % 3)
-        chains.append({"question": f"{i}+1", "steps": steps, "answer": str(i + 1)})
-    (cwd / "data.json").write_text(json.dumps(chains), encoding="utf-8")
-    flags = "--mode coconut --data data.json --epochs_per_stage 2 --gate 0 --steps 1 --out a"
-    assert run("coconut", flags).code == 0
-    config = json.loads((cwd / "a" / "run.json").read_text(encoding="utf-8"))["config"]
-    assert config["max_stage"] == 3 and 6 <= config["stage_steps"] <= 8
-
-
-@pytest.fixture
-def experiments():
-    """docs/experiments/coconut.py, which has the name of the script."""
-    path = ROOT / "docs" / "experiments" / "coconut.py"
-    spec = importlib.util.spec_from_file_location("coconut_experiments", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_probe_by_hand(tmp_path, experiments):
-    """Thoughts that are the head's rows of the results themselves decode to them."""
-    model, prompter = prompter_of(tmp_path)
-    prompter.stage = 3
-    problems = [prompter.task.problem("test", 0, i) for i in range(20)]
-    results = [[int(step[-1]) for step in prompter.task.steps(p)] for p in problems]
-    digits = torch.tensor([prompter.encode(str(d))[0] for d in range(7)])
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[digits, digits - digits[0]] = 50.0
-
-    def forward(tokens):
-        hidden = torch.zeros(*tokens.shape, model.config["hidden_size"])
-        at = (tokens == prompter.markers[1]).int().argmax(1)
-        for row, values in enumerate(results):
-            for i in range(3):  # thought 1 holds result 1, thoughts 2 and 3 both hold result 2
-                hidden[row, at[row] - 1 + i, values[min(i, 1)]] = 1.0
-        return hidden
-
-    model.forward = forward
-    probs, first = experiments.probe(model, prompter, problems)
-    torch.testing.assert_close(probs, first)
-    assert first[0, 0] == first[1, 1] == first[2, 1] == 1.0
-    assert first[0, 2] == pytest.approx(sum(r[0] == r[2] for r in results) / 20)
+    assert trained[0]["tokens"] > trained[3]["tokens"] == trained[4]["tokens"]
