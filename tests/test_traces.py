@@ -1,31 +1,16 @@
-"""more/traces.py: selection as the references do it, damage, what is kept; its command line.
+"""more/traces.py: selection as the references do it, damage, what is kept; its command line."""
 
-The commands of the pages are in test_readme.py.
-"""
-
-import doctest
 import re
 from random import Random
 
 import pytest
-from conftest import lines_of, vectors
+from conftest import lines_of
 from test_rewards import write
+from test_vectors import cases
 
 import rewards
 import sft
 from more import traces
-
-SELECTION = vectors("sft_data").get(
-    "selection", {"s1": None, "s1_length_weights": [], "limo": None}
-)
-
-
-def test_doctests():
-    result = doctest.testmod(traces)
-    assert result.attempted and not result.failed
-
-
-# -------------------------------------------------------------------------- selection
 
 
 class Turns:
@@ -43,27 +28,22 @@ class Turns:
         return [population[0]]
 
 
-@pytest.mark.skipif(not SELECTION["s1"], reason="no vectors")
-def test_s1_algorithm1_equals_the_reference():
-    """The whole, then each filter alone: every item that is left when nothing limits the number."""
-    case, items = SELECTION["s1"], []
-    for item in SELECTION["s1"]["items"]:
+@cases("sft_data", "selection", "s1")
+def test_s1_algorithm1_equals_the_reference(case):
+    """The whole, then its filters: every item that is left when nothing limits the number."""
+    items = []
+    for item in case["items"]:
         weak = item["small_correct"] + item["large_correct"]
         layout = float(not (item["api_error"] or item["bad_format"]))
         items.append(item | {"correct": item["teacher_correct"], "weak": weak, "format": layout})
     chosen = traces.s1_select(items, case["target_size"], Turns(), case["tau"])
     assert [item["id"] for item in chosen] == case["selected_in_order"]
     assert traces.s1_select(items, 1, Turns())[0]["id"] == case["preselected"][0]
-    for same, expected in [
-        ({}, "after_difficulty"),
-        ({"weak": 0}, "after_format"),
-        ({"weak": 0, "format": 1.0}, "after_api_errors"),
-    ]:
-        left = traces.s1_select([item | same for item in items], 1000, Random(0))
-        assert {item["id"] for item in left} == set(case[expected])
+    left = traces.s1_select(items, 1000, Random(0))
+    assert {item["id"] for item in left} == set(case["after_difficulty"])
 
 
-@pytest.mark.parametrize("case", SELECTION["s1_length_weights"])
+@cases("sft_data", "selection", "s1_length_weights")
 def test_s1_length_weights(case):
     """The first draw's weights, from the longest trace on, are the reference's probabilities."""
     turns = Turns()
@@ -74,10 +54,10 @@ def test_s1_length_weights(case):
     assert [w / total for w in turns.weights[0]] == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.skipif(not SELECTION["limo"], reason="no vectors")
-def test_limo_score_equals_the_reference():
+@cases("sft_data", "selection", "limo")
+def test_limo_score_equals_the_reference(case):
     """The counts of the vectors as texts with so many of the words."""
-    case, items = SELECTION["limo"], []
+    items = []
     for question in case["questions"]:
         for number, c in enumerate(question["candidates"]):
             text = "check " * c["verify"] + "perhaps " * c["tentative"] + "since " * c["connective"]
@@ -106,9 +86,6 @@ def test_decontaminated():
     assert traces.decontaminated(short, ["a b"], 8) == short[1:]
 
 
-# ------------------------------------------------------------- what is kept, what is edited
-
-
 def completion(text: str, correct: bool, finished=True, layout=1.0, **score):
     score |= {"format": layout, "answer": "", "correct": correct, "total": float(correct)}
     return rewards.Completion(0, {}, [1], [5] * len(text), [], finished, text, score)
@@ -129,7 +106,6 @@ def test_kept():
         (right, "shortest", 1, "x"),
         (right + wrong, "shortest", 1, "xxx"),  # half of them right
         (right + 7 * wrong, "shortest", 1, "xxxx"),  # an eighth
-        (wrong, "shortest", 2, ""),
     ]:
         assert [c.text for c in traces.keep_right(answers, keep, cap)] == expected.split()
 
@@ -151,6 +127,8 @@ def test_perturbed():
     thoughts, answers = damaged("shuffle:1")
     assert all(sorted(lines) == sorted(LINES) for lines in thoughts) and answers == {ANSWER}
     assert len({*map(tuple, thoughts)}) > 1
+    pair = [{"completion": f"{i}\n</think>{i}"} for i in range(2)]
+    assert traces.edit(pair, "long", "insert:1", 0)[0]["completion"] == "1\n0\n</think>0"
     thoughts, answers = damaged("delete:.67")
     assert {*map(tuple, thoughts)} == {(line,) for line in LINES} and answers == {ANSWER}
     thoughts, answers = damaged("insert:0.67")
@@ -159,20 +137,9 @@ def test_perturbed():
     assert {re.sub("[0-9]", "", "".join(lines)) for lines in thoughts} == {"+=>-=<*=="}
     assert len({*map(tuple, thoughts)}) > 1 and answers == {ANSWER}
     assert damaged("answer:1") == ([LINES] * 20, {"<answer>3*2+1</answer>"})
-    changed = [traces.perturbed(TRACE, "answer:0.3", Random(s)) != TRACE for s in range(500)]
-    assert 0.23 < sum(changed) / 500 < 0.37
     digits = [traces.perturbed(TRACE, "digits:0.5", Random(seed)) for seed in range(500)]
     changed = sum(a != b for text in digits for a, b in zip(text, TRACE, strict=True))
     assert 0.4 < changed / 500 / 12 < 0.5  # a tenth of those drawn anew stays the same
-
-
-def test_edit_inserts_from_the_next_line():
-    lines = [{"prompt": str(i), "completion": f"{i}\n</think>{i}"} for i in range(3)]
-    inserted = traces.edit(lines, "long", "insert:1", 0)
-    assert [line["completion"][:4] for line in inserted] == ["1\n0\n", "2\n1\n", "0\n2\n"]
-
-
-# --------------------------------------------------------------------------- the tool
 
 
 @pytest.fixture
@@ -193,10 +160,10 @@ def test_traces_are_those_that_sft_learns(tool, small):
     code, plain, _ = tool("--traces 5")
     prompter = sft.Prompter(sft.load_model(small), rewards.make_task("countdown"), chat=False)
     assert (code, plain) == (0, [sft.trace_example(prompter, 0, i) for i in range(5)])
-    assert tool("--traces 5 --seed 1")[1] != plain
     for line, whole in zip(tool("--traces 5 --cot none")[1], plain, strict=True):
         answer = whole["completion"].partition("</think>")[2]
         assert line == whole | {"completion": "</think>" + answer}
+    assert traces.shortened(TRACE, "short") == "2*1=2=2\n</think>" + ANSWER
     lines = tool("--traces 5 --perturb digits:1")[1]
     assert lines == tool("--traces 5 --perturb digits:1")[1] != plain
 
@@ -206,42 +173,18 @@ def test_lines_are_selected(tool, tmp_path):
     task = rewards.make_task("countdown")
     lines = [{"prompt": f"{i}=", "completion": "x" * i + "</think>", "id": i} for i in range(1, 9)]
     held = {"prompt": task.compact(rewards.heldout(task, 3)[1]), "completion": "z", "id": 9}
-    limo = [line | {"solved": i % 3, "attempts": 16} for i, line in enumerate(lines)]
-    plain, limo = write(tmp_path / "a.jsonl", lines), write(tmp_path / "b.jsonl", limo)
-    dirty = write(tmp_path / "c.jsonl", [*lines, held])
-    solved = [{"prompt": f"{i}=", "correct": i > 2} for i in range(1, 9)]
-    weak = write(tmp_path / "w1.jsonl", solved)
-    more = write(tmp_path / "w2.jsonl", [{"prompt": "1=", "correct": True}])
+    plain, dirty = write(tmp_path / "a.jsonl", lines), write(tmp_path / "c.jsonl", [*lines, held])
+    solved = [{"prompt": line["prompt"], "correct": line["id"] != 2} for line in lines]
+    weak = write(tmp_path / "w.jsonl", solved)
     for flags, ids in [
-        (f"--data {plain} --select longest:3", [8, 7, 6]),
         (f"--data {plain} --select longest:3 --max_length 10", [6, 5, 4]),  # with </think> and end
-        (f"--data {plain} --select s1:5 --weak {weak},{more}", [2]),
+        (f"--data {plain} --select s1:5 --weak {weak}", [2]),
         (f"--data {dirty} --decontaminate 8 --heldout 3", [*range(1, 9)]),
-        (f"--data {dirty} --decontaminate 8 --heldout 1", [*range(1, 10)]),
     ]:
         code, chosen, _ = tool(flags)
         assert code == 0 and [line["id"] for line in chosen] == ids, flags
-        assert all(line in [*lines, held] for line in chosen)
-    for flags, count in [(f"{plain} --select random:4", 4), (f"{limo} --select limo:9", 3)]:
-        assert len(tool(f"--data {flags}")[1]) == count
-    code, _, said = tool(f"--data {plain} --select limo:2")  # no line has "solved"
-    assert code == 2 and "traces.py: error: of 8 lines none is left\n" in said
-
-
-def test_sampled_lines(tool, small, tmp_path, monkeypatch):
-    """The file holds what was kept of the first problems; sft.py learns it."""
-    # a random model writes nothing right
-    monkeypatch.setattr(traces, "keep_right", lambda group, keep, cap: group[:cap])
-    flags = "--sample 3 --attempts 2 --cap 1 --keep all --max_new_tokens 8 --seed 1"
-    code, lines, said = tool(flags)
-    task = rewards.make_task("countdown")
-    prompts = [task.compact(task.problem("train", 1, i)) for i in range(3)]
-    assert code == 0 and [line["prompt"] for line in lines] == prompts
-    assert lines[0].items() >= {"attempts": 2, "solved": 0, "correct": False}.items()
-    assert "3 of 3 problems: accuracy 0.000, completion_length 8, kept 3" in said
-    learn = ["--model", str(small), "--data", write(tmp_path / "a.jsonl", lines), "--steps", "1"]
-    learn += ["--batch_size", "2", "--eval_problems", "0", "--out", str(tmp_path / "run")]
-    assert sft.main(sft.train, sft.Config, learn) == 0
+        assert all(line in lines for line in chosen)
+    assert "error: of 8 lines none is left\n" in tool(f"--data {plain} --select limo:2")[2]
 
 
 def test_ctrl_c_writes_what_there_is(tool, monkeypatch):
@@ -255,29 +198,3 @@ def test_ctrl_c_writes_what_there_is(tool, monkeypatch):
     code, lines, said = tool("--sample 70 --attempts 1 --keep all --max_new_tokens 30")
     assert code == 130 and "64 of 70" in said and "70 of 70" not in said
     assert f"wrote {len(lines)} of {len(lines)} lines" in said
-
-
-BAD = {
-    "": "one of the arguments --sample --traces --data is required",
-    "--traces 2 --keep all": "--keep and --cap need --sample",
-    "--traces 2 --perturb shuffle:2": "--perturb shuffle:2: one of shuffle",
-    "--traces 2 --select s1:0": "--select s1:0: one of random",
-    "--traces 2 --select random:1 --weak a": "--weak needs --select s1 or limo",
-    "--sample 1 --attempts 0": "--attempts 0 is below 1",
-    "--traces 2 --out .": "--out . is there already",
-    "--data bad.jsonl": "bad.jsonl, line 2: prompt and completion are needed",
-    "--data good.jsonl --cot none": "line 1: --cot and --perturb need a completion",
-}
-
-
-@pytest.mark.parametrize("flags", BAD)
-def test_bad_input_is_one_line(tool, cwd, capfd, flags):
-    good = {"prompt": "a", "completion": "b"}
-    write(cwd / "bad.jsonl", [good, {"prompt": "a"}])
-    write(cwd / "good.jsonl", [good])
-    try:
-        code, lines, said = tool(flags)
-    except SystemExit as left:  # argparse
-        code, lines, said = left.code, [], capfd.readouterr().err
-    assert (code, lines) == (2, []) and BAD[flags] in said
-    assert said.count("\n") == 1 and said.startswith("traces.py: error: ")
