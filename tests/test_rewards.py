@@ -1,31 +1,22 @@
-"""rewards.py: layout, expressions, the symbolic child, hostile text, tasks and their files.
-
-Equality of answers is in answers.jsonl, shaped rewards and metrics are in test_vectors.py.
-"""
+"""rewards.py: layout, expressions, the symbolic child, hostile text, tasks and their files;
+equality of answers is in answers.jsonl, shaped rewards and metrics are in test_vectors.py."""
 
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import resource
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import rewards  # noqa: E402
-from more.tasks import Multiplication  # noqa: E402
-from rewards import BadInput, make_task  # noqa: E402
-
-# ------------------------------------------------------------------------- layout and answer
+import rewards
+from more.tasks import Multiplication
+from rewards import BadInput, make_task
 
 
 def test_eq1_total_is_correct_plus_weighted_format():
@@ -51,16 +42,6 @@ def test_the_last_complete_answer_counts():
     assert rewards.extract_boxed(r"\boxed{1}</think> 1") is None
 
 
-def test_gold_that_cannot_be_read_is_bad_input():
-    for gold in (None, "", r"\frac{1}{2", "1" * 501):
-        for scorer in (rewards.score_gsm8k, rewards.score_math):
-            with pytest.raises(BadInput):
-                scorer("#### 1", gold)
-    assert rewards.score_gsm8k("#### 1,080", 1080)["correct"]
-
-
-# ------------------------------------------------------------------------------- expressions
-
 REFUSED = ["", "()", "1/0", "007", "1" * 13, "1\u00a0+1", "\u0663", "1" + " " * 500, "x", "2(3)"]
 REFUSED += ["1+" * 100 + "1", "(" * 100 + "1" + ")" * 100, "1 2", "1**2", "4//2", "*1", "1+", ")1("]
 
@@ -78,12 +59,8 @@ def test_limits_of_expressions_and_answers():
     for value in (Fraction(501), Fraction(-1), Fraction(1, 2)):  # of a factorial or a binomial
         with pytest.raises(ValueError):
             rewards.small_integer(value)
-    assert rewards.extract_boxed("\\boxed{" + "1" * 400 + "}") == "1" * 400
     assert rewards.extract_boxed("\\boxed{" + "1" * 600 + "}") is None
     assert rewards.number_text("72") == "72" and rewards.number_text("72" + " " * 600) == ""
-
-
-# ------------------------------------------------------------------------ the symbolic child
 
 
 def is_root_12(right: str) -> bool:
@@ -112,22 +89,6 @@ def test_an_interrupted_request_leaves_no_reply_for_the_next(monkeypatch):
         is_root_12(r"2\sqrt{3}")
     assert not is_root_12(r"3\sqrt{2}")
 
-
-def test_threads_share_the_child():
-    with ThreadPoolExecutor(8) as pool:
-        verdicts = list(pool.map(is_root_12, [r"2\sqrt{3}", r"3\sqrt{2}"] * 8))
-    assert verdicts == [True, False] * 8
-
-
-def test_the_users_script_runs_once(tmp_path):
-    script = tmp_path / "no_main_guard.py"
-    script.write_text("import rewards\nprint('ran', rewards.math_equal('x^2-1', '(x-1)(x+1)'))\n")
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
-    assert (run.stdout, run.stderr, run.returncode) == ("ran True\n", "", 0)
-
-
-# ---------------------------------------------------------------- every task, every verifier
 
 TASKS = "countdown generalpoints:turns=3 knights multiplication navigation notations affine s3 "
 TASKS += "prosqa generalpoints:rule=13,faces=1,basics=0.4"
@@ -258,52 +219,20 @@ def test_a_bad_verifier_makes_answers_wrong_and_ends_no_run(monkeypatch, capsys)
     assert re.findall(r"failed on (\d+) answer", err) == ["1", "2", "4", "8"]
 
 
-def test_metrics_where_the_vectors_leave_a_gap():
-    assert rewards.language_consistency("\u0434\u0430 yes", "ru") == 0.5
-    assert rewards.language_consistency("```\u4e00```  3+4") == 1.0
-    with pytest.raises(BadInput, match="choose one of en"):
-        rewards.language_consistency("x", "tlh")
-    for bad in ((4, 5, 1), (4, -1, 1), (4, 1, 0)):
-        with pytest.raises(ValueError):
-            rewards.pass_at_k(*bad)
-
-
-# ------------------------------------------------------------------------ countdown, streams
-
-
-def test_countdown_problems_are_in_range():
-    knobs = "min_numbers=2,max_numbers=4,low=2,high=12,min_target=5,max_target=40"
-    task = make_task(f"countdown:{knobs}")
-    problems = [task.problem("train", 0, i) for i in range(60)]
-    assert {len(p["numbers"]) for p in problems} == {2, 3, 4}
-    for p in problems:
-        assert all(2 <= n <= 12 for n in p["numbers"]) and 5 <= p["target"] <= 40
-    for bad in ("max_numbers=7", "low=0", "min_target=100", "operators=+%"):
-        with pytest.raises(BadInput, match="some of"):
-            make_task(f"countdown:{bad}")
-
-
 def test_countdown_traces_end_on_their_answer():
     """A try a line, each compared with the target; only the last one may hit."""
     task = rewards.Countdown()
-    for i in range(150):
-        problem = task.problem("train", 0, i)
-        trace, target = task.trace(problem, random.Random(i)), problem["target"]
-        parts, seen = task.score(trace, problem), task.describe(trace, problem)
-        lines = trace.partition("</think>")[0].splitlines()
-        marks = []
-        for line in lines:
-            value, mark = re.search(f"=([0-9]+)([<>=]){target}$", line).groups()
+    for problem in (task.problem("train", 0, i) for i in range(150)):
+        trace, target = task.trace(problem, random.Random(0)), problem["target"]
+        parts, lines = task.score(trace, problem), trace.partition("</think>")[0].splitlines()
+        tries = [re.search(f"=([0-9]+)([<>=]){target}$", line).groups() for line in lines]
+        for value, mark in tries:
             assert (int(value) < target, int(value) > target) == (mark == "<", mark == ">")
-            marks.append(mark)
-        assert "=" not in marks[:-1] and (marks[-1] == "=") == parts["correct"]
+        hits = [mark == "=" for _, mark in tries]
+        assert not any(hits[:-1]) and hits[-1] == parts["correct"] and parts["format"] == 1.0
         assert parts["answer"] == lines[-1].removeprefix("wait").partition("=")[0]
-        assert parts["format"] == 1.0 and len(lines) <= 30
         expected = {"tries": len(lines), "distinct_tries": len(lines)}
-        assert seen == expected | {"gave_up": not parts["correct"]}
-    for give_up in (0, 1):
-        task = rewards.Countdown(give_up=give_up)
-        assert task.score(task.trace(problem, random.Random(0)), problem)["correct"] != give_up
+        assert task.describe(trace, problem) == expected | {"gave_up": not parts["correct"]}
 
 
 def test_countdown_streams_stay():
@@ -315,20 +244,7 @@ def test_countdown_streams_stay():
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "6c3a301bc1043e47"
 
 
-def test_countdown_describes_tries():
-    miss, hit = "1+2+3=3+3=6>5\n", "2*3-1=6-1=5=5\n"
-    for text, expected in [
-        (f"{miss}wait{hit}</think><answer>2*3-1</answer>", [2, 2, False]),
-        (f"{miss}wait{miss}</think><answer>1+2+3</answer>", [2, 1, True]),
-        (miss, [1, 1, False]),  # cut off, not given up
-        ("nothing to see\n</think>", [0, 0, False]),
-    ]:
-        seen = rewards.Countdown().describe(text, {"numbers": [1, 2, 3], "target": 5})
-        assert list(seen.values()) == expected
-
-
 def test_knobs_pool_and_heldout():
-    assert make_task("multiplication:max_digits=4") == Multiplication(1, 4)
     assert make_task("multiplication:max_digits=4", natural=True) == Multiplication(2, 4)
     task, whole = make_task("countdown:pool=3,high=12"), make_task("countdown:high=12")
     for i in range(7):
@@ -340,39 +256,11 @@ def test_knobs_pool_and_heldout():
     assert problems[:10] == rewards.heldout(task, 10) != rewards.heldout(task, 10, seed=1)
     with pytest.raises(BadInput, match="fewer than 40"):
         rewards.heldout(Multiplication(1, 1), 40)
-    assert 900 < sum(rewards.split_of(str(i)) == "test" for i in range(10_000)) < 1150
-
-
-def test_prompts():
-    task, problem = Multiplication(), {"a": 12, "b": 34}
-    end = "Let me solve this step by step.\n<think>"
-    assert rewards.prompt(task, problem, "compact") == "12*34=<think>"
-    text = rewards.prompt(task, problem, "text")
-    assert "User: What is 12 * 34?" in text and text.endswith("\nAssistant: " + end)
-    user = {"role": "user", "content": task.question(problem)}
-    assert rewards.prompt(task, problem, "chat") == [user]
-    assert rewards.open_thinking("<think>\n") == "<think>\n"  # by the template itself
-    assert rewards.open_thinking("<think>\n</think>\n") == "<think>\n</think>\n" + end
-
-
-# --------------------------------------------------------------------------- files and chats
 
 
 def write(path: Path, rows: list) -> str:
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
     return str(path)
-
-
-def test_a_file_is_shuffled_anew_each_epoch(tmp_path):
-    rows = [{"question": f"Is it {i}?", "answer": f"<<>>\n#### {i:,}"} for i in range(2000, 2200)]
-    task = make_task("gsm8k", data=write(tmp_path / "gsm8k.jsonl", rows))
-    train, test = task.streams["train"], task.streams["test"]
-    assert len(train) + len(test) == 200 and 5 < len(test) < 40
-    drawn = [task.problem("train", 0, i) for i in range(2 * len(train))]
-    first, second = drawn[: len(train)], drawn[len(train) :]
-    assert all(row in first and row in second for row in train) and train != first != second
-    assert task.problem("test", 0, len(test) + 1) == test[1]
-    assert task.score(f"</think> <answer>{first[0]['answer']}</answer>", first[0])["total"] == 1.1
 
 
 def test_a_problem_of_a_file_stays_on_its_side(tmp_path):
@@ -382,23 +270,14 @@ def test_a_problem_of_a_file_stays_on_its_side(tmp_path):
     keys = {split: {task.key(row) for row in stream} for split, stream in task.streams.items()}
     assert not keys["train"] & keys["test"] and len(keys["train"] | keys["test"]) == 200
     assert task.score("</think> \\boxed{1.5}", {"answer": r"\frac{3}{2}"})["correct"]
-    one = make_task("math", data=write(tmp_path / "one.jsonl", rows[:1]))
-    empty = "train" if one.streams["test"] else "test"
-    with pytest.raises(BadInput, match=f"no {empty} rows"):
-        one.problem(empty, 0, 0)
 
 
 ROW = b'{"question": "q", "answer": "#### 1"}'
 BAD_FILES = [
-    (b"[]", "is empty"),
-    (ROW.replace(b"q", b" "), 'line 1: field "question" is missing or empty'),
     (ROW.replace(b"1", b"many"), "line 1: .*answer 'many' is not a number"),
     (b"\xff\xfe", "cannot read"),
-    (b"[" * 100_000, "RecursionError"),
     (b'{"question": ' + b"[" * 100_000, "line 1: RecursionError"),
     (b"[" + ROW + b", 5]", "item 2: not a JSON object: '5'$"),
-    (b"[" + ROW + b",\n]", "line 2 column 1"),
-    (b"{}\n\n{}", "line 1: .*; 1 more such line: 3$"),
     (b"{}\n" + ROW + b"\n" + b"{}\n" * 9, "line 1: .*; 9 more such lines: 3, 4, 5, 6, 7$"),
 ]
 
@@ -410,18 +289,6 @@ def test_the_faults_of_a_file_are_one_line(tmp_path, content, words):
     with pytest.raises(BadInput, match=words) as error:
         make_task("gsm8k", data=str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_forms_of_a_file(tmp_path, encoding):
-    """JSON lines or one JSON list, with and without a mark of the byte order."""
-    rows = [{"question": f"\u4e00 {i}?", "answer": f"#### {i}"} for i in range(30)]
-    path = tmp_path / "rows"
-    for text in ("\n".join(map(json.dumps, rows)), json.dumps(rows), json.dumps(rows, indent=2)):
-        path.write_text(text, encoding)
-        streams = make_task("gsm8k", data=str(path)).streams
-        found = [*streams["train"], *streams["test"]]
-        assert sorted(int(row["answer"]) for row in found) == [*range(30)]
 
 
 USER, REPLY = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
@@ -436,10 +303,7 @@ def test_read_chat():
     assert rewards.read_chat({"conversations": shared}) == [SYSTEM, USER, REPLY]
     for row, words in [
         ({"messages": [USER, {"role": "assistant"}]}, "message 2 has no role or no content"),
-        ({"messages": [{"content": "2+2?"}]}, "message 1"),
         ({"prompt": [USER], "completion": "4"}, "message 2"),
-        ({"messages": []}, "list of messages"),
-        ({"conversations": HUMAN}, "list of messages"),
         ({"prompt": "2+2?", "completion": 4}, "list of messages"),
     ]:
         with pytest.raises(BadInput, match=words):
