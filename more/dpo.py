@@ -156,7 +156,7 @@ def dpo_loss(
         losses = (means[0] - means[1] - 1 / (2 * beta)) ** 2
     else:
         h = ratios[0] - ratios[1]
-        # logsigmoid stays finite where the log of sigmoid would not
+        # logsigmoid stays finite where log(sigmoid) would not
         losses = -(1 - e) * F.logsigmoid(beta * h) - e * F.logsigmoid(-beta * h)
     return losses - a * logps[0] / lengths[0], beta * ratios.detach()
 
@@ -226,8 +226,7 @@ CHECKS = {  # kind of pair: the label that is looked at, what it should be
 
 def veripo_pairs(labels: list[dict]) -> list[tuple[str, int, int]]:
     """Eq. 6: the longest answer that passes all checks, over the first that fails each."""
-    passing, pairs = set(range(len(labels))), []
-    failing = {}  # by kind
+    passing, failing, pairs = set(range(len(labels))), {}, []
     for kind, (name, good) in CHECKS.items():
         failing[kind] = [i for i, label in enumerate(labels) if label[name] != good]
         passing -= set(failing[kind])
@@ -332,7 +331,7 @@ def pair_length(pair: tuple) -> int:
 
 
 def file_pairs(run: "Run", prompter: "Prompter", ends: list[int]) -> list[tuple]:
-    """The pairs of --data; the longest are not cut, but dropped and counted."""
+    """The pairs of --data; the longest are dropped and counted."""
     path, most = run.cfg.data, run.cfg.max_length
     pairs = read_jsonl(path, partial(text_pair, prompter, ends))
     short = [pair for pair in pairs if pair_length(pair) <= most]
@@ -347,7 +346,7 @@ def file_pairs(run: "Run", prompter: "Prompter", ends: list[int]) -> list[tuple]
 def sample_pairs(run: "Run", sampler: "Model", prompter: "Prompter") -> list[tuple]:
     """Pairs of the model's own answers to training problems.
 
-    A right answer that does not end counts as wrong, so that none is taught to go on for ever.
+    A right answer that does not end counts as wrong: none learns to go on for ever.
     """
     cfg, found, kinds, num_right = run.cfg, [], Counter(), 0
     for numbers in in_groups(list(range(cfg.sample)), 64):

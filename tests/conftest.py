@@ -29,6 +29,8 @@ NOISE = "--reward cosine --repetition_penalty 1 --repetition_n 1"  # by length a
 CRITIC = "--kl_coef 0.1 --value_clip 0.5 --gae_lambda 0.9 --critic_warmup 1"
 RECURRENT = "--task s3:elements=10 --steps 2 --batch_size 8 --hidden_size 16 --num_heads 2"
 THOUGHTS = "--mode coconut --stage_steps 2 --uniform_prob 0.2 --c 2 --weight_decay 0.1"
+# Pairs of a random model's answers need a verifier that finds some of them right.
+PAIRS = f"--task {ROOT}/tests/coin.py:Coin --sample 12 --attempts 4 --sft_coef 0.5"
 # Scripts that train: the smallest flags; more, so that a checkpoint and ranks have much to hold.
 TRAINING = {
     "grpo": (
@@ -43,6 +45,8 @@ TRAINING = {
         f"{RECURRENT} --eval_problems 3 --eval_samples 1 --warmup_steps 10 --test_r 4",
         "--lr 0.01 --micro_batch_tokens 44",  # two micro-batches, each with its own r
     ),
+    # another reference, so that no margin of the first step is 0 but for rounding
+    "more.dpo": (f"{WARM} {PAIRS}", "--reference tiny --label_smoothing 0.1 --lr 0.01"),
 }
 SPECULATION = "--max_new_tokens 12 --max_step_tokens 6 --save_every 1"
 SOLVING = {  # scripts that train nothing: the smallest flags
@@ -106,6 +110,11 @@ def model_of(script: str, model) -> str:
     return "scratch" if own else str(model)
 
 
+def file_of(script: str) -> Path:
+    """The file of a script of the tables: more.dpo is more/dpo.py."""
+    return ROOT / f"{script.replace('.', '/')}.py"
+
+
 def loop_of(module):
     """`train`, or `solve` of a script that trains nothing."""
     return getattr(module, "train", None) or module.solve
@@ -113,7 +122,8 @@ def loop_of(module):
 
 def start(script: str, flags: str, folder: Path, launcher=()) -> subprocess.Popen:
     """A script, or another program by its path, as a process of its own in `folder`."""
-    command = [sys.executable, *launcher, str(ROOT / f"{script}.py"), *flags.split()]
+    path = file_of(script) if script in SMALL else f"{script}.py"
+    command = [sys.executable, *launcher, str(path), *flags.split()]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=folder, env=env, **pipes)

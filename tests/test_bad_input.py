@@ -14,7 +14,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, lines_of, model_of
+from conftest import ROOT, SMALL, file_of, lines_of, model_of
 from safetensors.torch import load_file, save_file
 
 RUN = "--resume {given}/{script}-run"
@@ -62,6 +62,11 @@ OWN = {  # for the script before the flags
     "budget_forcing --max_new_tokens 12": "--max_new_tokens 12: no answer fits after 12",
     "specreason --draft=": "name its --draft",
     "specreason --draft {given}/plain": "--draft {given}/plain has another tokenizer",
+    "more.dpo --label_smoothing 0.5": "--label_smoothing 0.5: below 0.5",
+    "more.dpo --label_smoothing 0.1 --loss ipo": "--label_smoothing does nothing with --loss ipo",
+    "more.dpo --reference {given}/empty": "{given}/empty/config.json",
+    "more.dpo --reference {given}/other-size": "9 tokens, the policy has 230",
+    "more.dpo --data {given}/pairs.jsonl --max_length 3": "1 of 1 pairs longer than 3",
 }
 
 
@@ -100,6 +105,7 @@ MODELS = {  # what is done to a copy of a good folder; what is said, beside its 
     "tied": (tensors(lambda found: found.update({HEAD: found[EMBED] + 1})), "tied"),
     "cut": (lambda folder: os.truncate(folder / "model.safetensors", 5000), ""),
     "no-tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+    "other-size": (config(vocab_size=9), "embed_tokens"),
     "far-id": (file("generation_config.json", '{"suppress_tokens": [1000000]}'), "1000000"),
 }
 
@@ -124,6 +130,7 @@ def given(small, tmp_path_factory):
     own_code(folder / "code")
     row = '{"question": "q", "answer": "#### 1"}\n'
     data = {"file": "", "good.jsonl": row * 40, "cut.jsonl": row * 2 + row[:20]}
+    data["pairs.jsonl"] = '{"prompt": "1=", "chosen": "1", "rejected": "2"}'
     data |= {"short.txt": "to be or not to be", "broken-run/run.json": "{"}
     other = {"seed": 0, "model": "tiny", "task": "countdown", "mu": 1}
     data["other-run/run.json"] = json.dumps({"config": other})
@@ -156,7 +163,7 @@ def state(folder: Path) -> dict:
 
 
 def check_refusal(script: str, done, words: str) -> None:
-    assert done.code == 2 and done.err.startswith(f"{script}.py: error: "), (done.code, done.err)
+    assert done.code == 2 and done.err.startswith(f"{file_of(script).name}: error: "), (done.code, done.err)
     assert done.err.count("\n") == 1 and len(done.err) < 600, done.err
     for part in words.split(" ... "):
         assert part in done.err, f"{part!r} was not said: {done.err}"

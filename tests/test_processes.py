@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, TRAINING, finish, metrics_of, model_of, records_of, start
+from conftest import SMALL, TRAINING, file_of, finish, metrics_of, model_of, records_of, start
 from test_scripts import checkpoint, close, contents, go_on, module, same_run
 
 slow = pytest.mark.slow
@@ -73,7 +73,8 @@ def goes_on(run, cwd: Path, script: str) -> None:
 def test_one_signal_saves(begin, run, cwd, script):
     process = begin(script, f"{run_of(script)} --steps 100000")
     done = interrupted(process, cwd / "a" / "metrics.jsonl")
-    assert (done.code, done.err) == (143, "") and f"{script}.py --resume a" in done.out, done.err
+    said = f"{file_of(script).name} --resume a"
+    assert (done.code, done.err) == (143, "") and said in done.out, done.err
     assert checkpoint(cwd / "a", metrics_of(cwd / "a")[-1]["step"]).is_dir()
     goes_on(run, cwd, script)
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, file_of
 
 import grpo
 import rewards
@@ -24,7 +24,7 @@ def load(path: Path):
     return module
 
 
-SCRIPTS = {f"{name}.py": importlib.import_module(name) for name in SMALL}
+SCRIPTS = {str(file_of(s).relative_to(ROOT)): importlib.import_module(s) for s in SMALL}
 FILES = sorted([*ROOT.glob("docs/experiments/*.py"), *ROOT.glob("more/*.py")])
 TOOLS = {file.relative_to(ROOT).as_posix(): load(file) for file in FILES}
 traces, results = TOOLS["more/traces.py"], load(ROOT / "docs" / "results.py")
@@ -90,6 +90,10 @@ LIMITS |= {"eval_problems": 2, "eval_samples": 2, "updates": 2, "sample": 16, "t
 LIMITS |= {"length_schedule": "20:0,40:1"}
 
 
+def module_of(name: str) -> str:
+    return name.removesuffix(".py").replace("/", ".")
+
+
 def test_cpu_commands_of_the_readme_run(run, cwd, monkeypatch):
     """A step each, in their order: one reads what another wrote."""
     (old, new) = re.findall(r"^    [-+]( +\S.*)$", README, re.M)
@@ -106,8 +110,8 @@ def test_cpu_commands_of_the_readme_run(run, cwd, monkeypatch):
         if name == "more/traces.py":
             assert traces.main([*argv, "--max_new_tokens", "24"]) == 0, argv
         elif script in SCRIPTS:
-            flags = [SMALL[script.removesuffix(".py")], f"--out out/{number}", shlex.join(argv)]
-            done = run(name.removesuffix(".py"), " ".join(flags), base=False)
+            flags = [SMALL[module_of(script)], f"--out out/{number}", shlex.join(argv)]
+            done = run(module_of(name), " ".join(flags), base=False)
             assert done.code == 0, (name, argv, done.err)
         ran.add(name)
     assert ran >= {*SCRIPTS, "median.py", "more/traces.py"}
