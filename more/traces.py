@@ -11,12 +11,16 @@ learns such a file. Lines come from one of three places, are edited, and then ch
     --perturb         damages them (2502.07374 sec. 4)
     --decontaminate   drops what shares words with held-out problems (s1, 2501.19393 sec. 2.1)
     --select          s1's algorithm 1, LIMO's score (2502.03387 sec. 3), the longest, or any
+    --pairs           makes {"prompt", "chosen", "rejected"} for more/dpo.py of answers to a prompt
 
 Run
     python more/traces.py --model tiny-rl --sample 2000 --cap 2 --out out/right.jsonl
     python more/traces.py --traces 3200 --perturb shuffle:0.67 --out out/shuffled.jsonl
     python more/traces.py --data out/right.jsonl --select s1:64 --out out/chosen.jsonl
     python sft.py --model tiny-draft --data out/chosen.jsonl --lr 5e-4
+    python more/traces.py --sample 320 --attempts 8 --keep all --pairs correct --cap 4 \
+        --out out/pairs.jsonl
+    python more/dpo.py --data out/pairs.jsonl
     docs/sft_experiments.md has the papers' experiments. torchrun shares --sample among ranks.
 
 Differs from the papers in: no model judges; what s1 and LIMO ask weaker models (is it hard?) is
@@ -37,7 +41,18 @@ import torch.distributed as dist
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # rewards.py is one folder up
 
-from rewards import BadInput, Completion, heldout, in_groups, make_task, mean, read_jsonl, reading
+from more.dpo import find_pairs
+from rewards import (
+    BadInput,
+    Completion,
+    extract_answer,
+    heldout,
+    in_groups,
+    make_task,
+    mean,
+    read_jsonl,
+    reading,
+)
 from sft import Prompter, Run, rollout, trace_example
 
 BY_SIZE = {"max_new_tokens": (512, 512, 1024)}  # as sft.py's
@@ -45,6 +60,7 @@ LIMO_WORDS = ("check", "verify"), ("perhaps", "might"), ("therefore", "since")
 DAMAGE = "shuffle", "delete", "insert", "digits", "answer"
 RULES = "random", "longest", "s1", "limo"
 COT = "long", "short", "none"
+PAIRS = "correct", "rate", "veripo"
 
 
 # ------------------------------------------------------------- where lines come from
@@ -80,7 +96,8 @@ def num_tokens(c: Completion) -> int:
 def line_of(c: Completion, prompter: Prompter, solved: int, attempts: int) -> dict:
     """What is written of an answer; for s1, its domain is the set of operators it uses."""
     operators = set("+-*/") & set(c.score["answer"] or "")
-    return {
+    tests = {name: c.score[name] for name in ("passed", "tests") if name in c.score}
+    return tests | {
         "prompt": prompter.text(c.problem),
         "completion": c.text,
         "solved": solved,
@@ -99,7 +116,7 @@ def sample_lines(run: Run, model, prompter: Prompter) -> list[dict]:
         done = rollout(run, model, prompter, problems, cfg.attempts, cfg.max_new_tokens, step=1)
         for group in in_groups(done, cfg.attempts):
             solved = sum(c.score["correct"] for c in group)
-            for c in keep_right(group, cfg.keep, cfg.cap):
+            for c in keep_right(group, cfg.keep, 0 if cfg.pairs else cfg.cap):
                 lines.append(line_of(c, prompter, solved, cfg.attempts))
         accuracy, length = mean(c.score["correct"] for c in done), mean(map(num_tokens, done))
         seen = f"accuracy {accuracy:.3f}, completion_length {length:.0f}, kept {len(lines)}"
@@ -303,6 +320,26 @@ def choose(lines: list[dict], prompter: Prompter, cfg: argparse.Namespace) -> li
     return [item["line"] for item in chosen]
 
 
+def pair_lines(lines: list[dict], rule: str, cap: int, seed: int) -> list[dict]:
+    """Of the answers to each prompt the pairs that a rule of more/dpo.py finds, at most `cap` if not 0.
+
+    A line has "completion" and "correct", for the rule rate "passed" of so many "tests".
+    """
+    groups, found = {}, []
+    for line in lines:
+        text = line["completion"]
+        answer = line | {"text": text, "answer": extract_answer(text)}
+        groups.setdefault(line["prompt"], []).append(answer)
+    for prompt, answers in groups.items():
+        rng = Random(f"pairs {seed} {prompt}")
+        with reading(f"--pairs {rule}"):
+            pairs = find_pairs(rule, answers, cap or len(answers) ** 2, rng)
+        for kind, w, x in pairs:
+            texts = {"chosen": answers[w]["text"], "rejected": answers[x]["text"]}
+            found.append({"prompt": prompt, **texts, "kind": kind})
+    return found
+
+
 # --------------------------------------------------------------------- command line
 
 
@@ -330,6 +367,8 @@ def write_traces(cfg: argparse.Namespace) -> int:
         lines = decontaminated(lines, texts, cfg.decontaminate)
     if cfg.select:
         lines = choose(lines, prompter, cfg)
+    if cfg.pairs:
+        lines = pair_lines(lines, cfg.pairs, cfg.cap, cfg.seed)
     if not lines and not run.signal:
         raise BadInput(f"of {num_lines} lines none is left")
     if run.rank == 0:
@@ -351,8 +390,10 @@ def check_flags(cfg: argparse.Namespace) -> None:
     """Refuse what would not work as meant."""
     if Path(cfg.out).exists():
         raise BadInput(f"--out {cfg.out} is there already")
-    if not cfg.sample and (cfg.keep != "correct" or cfg.cap):
+    if not cfg.sample and (cfg.keep != "correct" or cfg.cap and not cfg.pairs):
         raise BadInput("--keep and --cap need --sample")
+    if cfg.pairs and cfg.sample and cfg.keep != "all":
+        raise BadInput("--pairs needs --keep all: what is right alone makes no pairs")
     if cfg.perturb:
         perturbed("", cfg.perturb, Random(0))  # complains
     if cfg.select and not re.fullmatch(f"({'|'.join(RULES)}):[1-9][0-9]*", cfg.select):
@@ -386,13 +427,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max_new_tokens", 0, "longest answer, 0: by size")
     add("--temperature", 1.0, "of sampling, 0: greedy")
     add("--keep", "correct", "of --sample", choices=["correct", "all", "shortest"])
-    add("--cap", 0, "lines to keep per problem, 0: all that differ")
+    add("--cap", 0, "lines or pairs to keep per problem, 0: all that differ")
     add("--cot", "long", "all of each thought, its last line, or nothing", choices=COT)
     add("--perturb", "", "shuffle:0.67; delete, insert, digits: a share of the thought; answer")
     add("--decontaminate", 0, "words in a row of a held-out prompt that drop a line (s1: 8)")
     add("--heldout", 200, "held-out problems to look at for that")
     add("--select", "", "random:N, longest:N, s1:N or limo:N")
     add("--weak", "", "for s1 and limo: files a,b of what weaker models answered")
+    parser.add_argument("--pairs", default="", choices=PAIRS, help="rule that makes pairs of lines")
     add("--max_length", 2048, "tokens; longer lines are not selected")
     add("--seed", 0, "seed of problems, sampling, damage and choice")
     add("--device", "auto", "auto: cuda if any", choices=["auto", "cpu", "cuda", "mps"])

@@ -187,6 +187,28 @@ def test_lines_are_selected(tool, tmp_path):
     assert "error: of 8 lines none is left\n" in tool(f"--data {plain} --select limo:2")[2]
 
 
+def test_pairs_of_lines(tool, tmp_path):
+    """Right over wrong for the same prompt, in a file that dpo.py reads; no more than --cap."""
+    lines = [
+        {"prompt": p, "completion": f"{p}{i}", "correct": i < 2} for i in range(4) for p in "ab"
+    ]
+    lines.append({"prompt": "c", "completion": "c", "correct": True})
+    data = write(tmp_path / "a.jsonl", lines)
+    code, pairs, _ = tool(f"--data {data} --pairs correct")
+    expected = {(p, f"{p}{w}", f"{p}{x}", "correct") for p in "ab" for w in (0, 1) for x in (2, 3)}
+    assert code == 0 and len(pairs) == 8
+    assert {tuple(pair[n] for n in ("prompt", "chosen", "rejected", "kind")) for pair in pairs} == (
+        expected
+    )
+    assert [p["prompt"] for p in tool(f"--data {data} --pairs correct --cap 1")[1]] == ["a", "b"]
+    rates = [{"prompt": "a", "completion": str(n), "passed": n, "tests": 10} for n in (10, 5, 7)]
+    data = write(tmp_path / "b.jsonl", rates)
+    [pair] = tool(f"--data {data} --pairs rate")[1]
+    assert (pair["chosen"], pair["rejected"]) == ("10", "5")
+    code, _, said = tool(f"--data {data} --pairs correct")
+    assert code == 2 and "--pairs correct: KeyError 'correct'" in said
+
+
 def test_ctrl_c_writes_what_there_is(tool, monkeypatch):
     real = traces.rollout
 
