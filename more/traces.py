@@ -321,7 +321,7 @@ def choose(lines: list[dict], prompter: Prompter, cfg: argparse.Namespace) -> li
 
 
 def pair_lines(lines: list[dict], rule: str, cap: int, seed: int) -> list[dict]:
-    """Of the answers to each prompt the pairs that a rule of more/dpo.py finds, at most `cap` if not 0.
+    """Of the answers to each prompt the pairs of a rule, at most `cap` if not 0.
 
     A line has "completion" and "correct", for the rule rate "passed" of so many "tests".
     """
