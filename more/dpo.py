@@ -22,15 +22,15 @@ Pairs come from a file, or from answers to training problems, by a rule:
 Only h is trained: log pi(y_w) may fall, if log pi(y_l) falls more; a, an SFT term, holds it.
 
 Run
-    python more/dpo.py                                # two CPU cores, no network, minutes
+    python more/dpo.py                              # two CPU cores, no network, minutes
     python more/dpo.py --model Qwen2.5-1.5B --task countdown  # one GPU
     torchrun --standalone --nproc_per_node=8 more/dpo.py --model Qwen2.5-1.5B --data pairs.jsonl
     Lines of --data: {"prompt", "chosen", "rejected"}, texts, or with --chat lists of messages
     (TRL's conversational form; whole conversations). more/traces.py --pairs makes such files.
 
 Expect
-    Seed 0, 78 steps: held-out accuracy 0.343 -> 0.689, mean length 97 -> 217 tokens, share that
-    gives up 0.58 -> 0.07, with 2560 answers sampled.
+    Seed 0, 5 CPU minutes, 78 steps: held-out accuracy 0.345 -> 0.698, mean length 95 -> 212
+    tokens, share that gives up 0.58 -> 0.08, by 2560 sampled answers.
 
 Differs from the papers in: a rule judges consistency, no language model; the SFT term is a mean
 per answer (LLaMA-Factory), not over all tokens (TRL).

@@ -31,13 +31,12 @@ def close(ours, expected, tolerance=1e-9) -> bool:
     return torch.allclose(ours, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_vectors_are_there():
-    assert "VECTORS" in os.environ or (len(SEQUENCES), len(TOKENS), len(VERIPO)) == (4, 2, 2)
+assert "VECTORS" in os.environ or (len(SEQUENCES), len(TOKENS), len(VERIPO)) == (4, 2, 2)
 
 
 @pytest.mark.parametrize("case", SEQUENCES, ids=lambda case: case["id"])
 def test_eq1_eq2_eq4_loss_gradient_and_rewards_equal_the_reference(case):
-    """Also a pair at a time, and with chosen and rejected exchanged for e and 1 - e."""
+    """Also with chosen and rejected exchanged, for e and 1 - e."""
     logps = exact(case["policy_chosen"], case["policy_rejected"]).requires_grad_()
     ref = exact(case["ref_chosen"], case["ref_rejected"])
     ones, beta, e = torch.ones_like(ref), case["beta"], case["label_smoothing"]
@@ -47,10 +46,8 @@ def test_eq1_eq2_eq4_loss_gradient_and_rewards_equal_the_reference(case):
     assert losses.mean().item() == pytest.approx(case["loss"]) and not rewards.requires_grad
     assert close(rewards, exact(case["reward_chosen"], case["reward_rejected"]))
     assert close(logps.grad, exact(case["grad_policy_chosen"], case["grad_policy_rejected"]))
-    flipped = dpo.dpo_loss(logps.flip(0), ref.flip(0), ones, beta, "sigmoid", 1 - e, 0.0)
-    assert close(flipped[0], losses)
-    alone = dpo.dpo_loss(logps[:, :1], ref[:, :1], ones[:, :1], beta, "sigmoid", e, 0.0)
-    assert close(alone[0], losses[:1])
+    flipped, _ = dpo.dpo_loss(logps.flip(0), ref.flip(0), ones, beta, "sigmoid", 1 - e, 0.0)
+    assert close(flipped, losses)
 
 
 @pytest.mark.parametrize("case", TOKENS, ids=lambda case: case["id"])
@@ -90,10 +87,8 @@ def test_eq5_rates_equal_the_reference(case):
 
 @pytest.mark.parametrize("case", VERIPO, ids=lambda case: case["id"])
 def test_eq6_veripo_equals_the_reference(case):
-    labels = []
-    for r in case["rollouts"]:
-        right = r["answer"] == r["gold"]
-        labels.append(dpo.veripo_labels(r["think"], r["think_conclusion"], r["answer"], right))
+    parts = [(r["think"], r["think_conclusion"], r["answer"], r["gold"]) for r in case["rollouts"]]
+    labels = [dpo.veripo_labels(*rest, answer, answer == gold) for *rest, answer, gold in parts]
     assert labels == [pytest.approx(label) for label in case["labels"]]
     expected = [(pair["kind"], pair["chosen"], pair["rejected"]) for pair in case["pairs"]]
     assert dpo.veripo_pairs(labels) == expected
@@ -108,8 +103,6 @@ def test_pairs_are_capped_and_their_texts_differ():
     assert named == {"ab", "ac", "db", "dc", "da"} and len(found) == 5
     assert len(dpo.find_pairs("correct", answers, 2, Random(0))) == 2
     assert dpo.find_pairs("correct", answers[:2], 9, Random(0)) == []
-    code = [{"text": str(n), "passed": n, "tests": 10} for n in (9, 4, 0)]
-    assert dpo.find_pairs("rate", code, 9, Random(0)) == [("rate", 0, 1)]
     thought = "1+2=3>2\n2-1=1<2\n2/1=2=2\n1*1=1<2\n2*1=2=2\n{}*1=2=2\n</think>"
     answers = [{"text": thought.format(n), "answer": "2*1", "correct": True} for n in (2, 3)]
     assert dpo.find_pairs("veripo", answers, 9, Random(0)) == [("consistency", 0, 1)]
@@ -155,8 +148,8 @@ def test_lines_of_both_forms(small, tmp_path):
     for line in (([asked], [right], [wrong]), ("1", *whole), ([asked], *whole)):
         assert texts(*line) == ["u:1<eos>\na:", "2<eos>", "3<eos>"]
     for words, line in {
-        "are the same": ("a", "b", "b"),
-        "the same text": ([asked], [right], [right]),
+        "the same": ("a", "b", "b"),
+        "same text": ([asked], [right], [right]),
         "is empty": ("a", " ", "b"),
         "are needed": ("a", None),
         "last reply": ([asked], [right], [right, asked, wrong]),
@@ -183,12 +176,12 @@ def gradient(model, pairs=PAIRS, ref=REF, rank=0, world=1, limit=64, **changes):
 
 def plain_logps(model) -> torch.Tensor:
     """log pi(y|x) of PAIRS, (2, 4), a row at a time."""
-    found = []
-    for prompt, answer in [(pair[0], pair[side]) for side in (1, 2) for pair in PAIRS]:
-        ids = torch.tensor([prompt + answer])
+    found = torch.zeros(8, dtype=model.lm_head.weight.dtype)
+    for i, (pair, side) in enumerate((pair, side) for side in (1, 2) for pair in PAIRS):
+        ids = torch.tensor([pair[0] + pair[side]])
         logprobs = model.logits(model(ids[:, :-1])).log_softmax(-1)
-        found.append(logprobs.gather(-1, ids[:, 1:, None])[0, len(prompt) - 1 :].sum())
-    return torch.stack(found).view(2, 4)
+        found[i] = logprobs.gather(-1, ids[:, 1:, None])[0, len(pair[0]) - 1 :].sum()
+    return found.view(2, 4)
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
@@ -201,10 +194,9 @@ def test_gradient_is_that_of_eq3_whatever_the_split_and_the_ranks(small, kind):
     expected = torch.cat([weight.grad.flatten() for weight in model.parameters()])
     model.zero_grad()
     whole, metrics = gradient(model, loss=kind, limit=10**6)
-    assert expected.abs().max() > 1e-2 and close(whole, expected, 1e-10)
-    order = [2, 0, 3, 1]
-    mixed, _ = gradient(model, [PAIRS[i] for i in order], REF[:, order], loss=kind, limit=1)
+    mixed, _ = gradient(model, PAIRS[::-1], REF.flip(1), loss=kind, limit=1)
     ranks = [gradient(model, loss=kind, rank=rank, world=3)[0] for rank in range(3)]
+    assert expected.abs().max() > 1e-2 and close(whole, expected, 1e-10)
     assert close(mixed, whole, 1e-12) and close(sum(ranks), whole, 1e-12)
     margins = 0.1 * (logps - REF)[0] - 0.1 * (logps - REF)[1]
     assert 0 < metrics["pair_accuracy"] == (margins > 0).double().mean().item() < 1
@@ -243,7 +235,7 @@ def test_a_file_of_pairs(run, cwd):
 
 
 def test_no_pair_is_bad_input(run):
-    none = "--pairs correct: none of 3 problems gives a pair"
-    for flags, words in {"--task countdown": none, "--pairs rate": "KeyError 'passed'"}.items():
-        done = run("more.dpo", f"{flags} --sample 3 --eval_problems 0")
-        assert done.code == 2 and words in done.err
+    done = run("more.dpo", "--task countdown --sample 3")
+    assert done.code == 2 and "none of 3 problems gives a pair" in done.err
+    done = run("more.dpo", "--pairs rate --sample 3")
+    assert done.code == 2 and "KeyError 'passed'" in done.err
