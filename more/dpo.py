@@ -22,7 +22,7 @@ Pairs come from a file, or from answers to training problems, by a rule:
 Only h is trained: log pi(y_w) may fall, if log pi(y_l) falls more; a, an SFT term, holds it.
 
 Run
-    python more/dpo.py                              # two CPU cores, no network, minutes
+    python more/dpo.py  # two CPU cores, no network, minutes
     python more/dpo.py --model Qwen2.5-1.5B --task countdown  # one GPU
     torchrun --standalone --nproc_per_node=8 more/dpo.py --model Qwen2.5-1.5B --data pairs.jsonl
     Lines of --data: {"prompt", "chosen", "rejected"}, texts, or with --chat lists of messages
@@ -269,7 +269,7 @@ def find_pairs(rule: str, answers: list[dict], cap: int, rng: Random) -> list[tu
         found = veripo_pairs(labels)
     different = {}
     for kind, w, x in found:
-        different[answers[w]["text"], answers[x]["text"]] = kind, w, x
+        different.setdefault((answers[w]["text"], answers[x]["text"]), (kind, w, x))
     pairs = [pair for texts, pair in different.items() if texts[0] != texts[1]]
     return rng.sample(pairs, min(cap, len(pairs)))
 
