@@ -64,7 +64,6 @@ OWN = {  # for the script before the flags
     "specreason --draft {given}/plain": "--draft {given}/plain has another tokenizer",
     "more.dpo --label_smoothing 0.5": "--label_smoothing 0.5: below 0.5",
     "more.dpo --label_smoothing 0.1 --loss ipo": "--label_smoothing does nothing with --loss ipo",
-    "more.dpo --reference {given}/empty": "{given}/empty/config.json",
     "more.dpo --reference {given}/other-size": "9 tokens, the policy has 230",
     "more.dpo --data {given}/pairs.jsonl --max_length 3": "1 of 1 pairs longer than 3",
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LONG, ROOT, SMALL, SOLVING, TRAINING, file_of, lines_of, metrics_of, records_of
+from conftest import LONG, SMALL, SOLVING, TRAINING, file_of, lines_of, metrics_of, records_of
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
