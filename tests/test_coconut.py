@@ -1,6 +1,7 @@
 """coconut.py: the reference's numbers (vectors/latent.json), thoughts recomputed, its runs."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -218,3 +219,16 @@ def test_stages_follow_the_clock(run, cwd):
     found = [tuple(row[name] for name in names) for row in rows if "eval/stage" in row]
     assert found == [(1, 0, 0), (2, 1, 1), (3, 2, 2), (4, 3, 3), (5, 4, 3), (0, 4, 3)]
     assert trained[0]["tokens"] > trained[3]["tokens"] == trained[4]["tokens"]
+
+
+def test_a_slow_rank_still_finds_the_start(run_ranks, monkeypatch):
+    """The marked model lies in a temporary folder of rank 0, which may not leave first."""
+    real = coconut.Run.report
+
+    def late(self, *args):
+        time.sleep(0.5 * self.rank)
+        return real(self, *args)
+
+    monkeypatch.setattr(coconut.Run, "report", late)
+    codes, _ = run_ranks("coconut", 2, "--out two --eval_problems 0")
+    assert codes == [0, 0]
