@@ -427,7 +427,7 @@ def update_policy(
         form = cfg.beta, cfg.loss, cfg.label_smoothing, cfg.sft_coef
         ref_logps = ref[:, part].to(logps)
         losses, rewards = dpo_loss(logps, ref_logps, lengths, *form)  # (B,), (2, B)
-        (losses.sum() / len(part)).backward()  # P: of all passes and ranks
+        (losses.sum() / len(batch)).backward()  # P: of all passes and ranks
         seen = {
             "loss": losses,
             "pair_accuracy": (rewards[0] > rewards[1]).float(),
