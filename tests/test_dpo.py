@@ -106,6 +106,9 @@ def test_pairs_are_capped_and_their_texts_differ():
     thought = "1+2=3>2\n2-1=1<2\n2/1=2=2\n1*1=1<2\n2*1=2=2\n{}*1=2=2\n</think>"
     answers = [{"text": thought.format(n), "answer": "2*1", "correct": True} for n in (2, 3)]
     assert dpo.find_pairs("veripo", answers, 9, Random(0)) == [("consistency", 0, 1)]
+    more = [{"text": "1=\n" + thought.format(n), "answer": "2*1", "correct": True} for n in (2, 3)]
+    pairs = dpo.find_pairs("veripo", answers + more, 9, Random(0))
+    assert pairs == [("consistency", 2, 1)]  # the longest over the first
 
 
 def test_what_does_not_end_is_not_chosen(small, monkeypatch):
