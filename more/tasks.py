@@ -38,7 +38,6 @@ from rewards import (
     evaluate,
     expression_tokens,
     extract_answer,
-    mean,
     random_tree,
     read_rows,
     reading,
@@ -1167,13 +1166,14 @@ class Code(GSM8K):
         return f"{problem['question']}\n{INSTRUCTION}, a Python program in a ```python block."
 
     def score(self, text: str, problem: dict, **kw) -> dict:
-        """Also the share of tests that passed."""
+        """Also how many of the tests passed: dpo.py's --pairs rate asks for it."""
         from more.sandbox import program_of, run_tests
 
         answer, passed = extract_answer(text), [False]
         if answer is not None:
             passed, _ = run_tests(program_of(answer), problem["tests"])
-        return score(text, answer, all(passed), **kw) | {"pass_rate": mean(passed)}
+        counts = {"passed": sum(passed), "tests": len(passed)}
+        return score(text, answer, all(passed), **kw) | counts
 
 
 # ----------------------------------------------------------------- countdown in two notations

@@ -190,9 +190,9 @@ def test_code_is_a_task_of_its_own(tmp_path):
     whole = {"tests": LINE["test_cases"]}
     for body, rate in (("x + 1", 1.0), ("4", 0.5), ("x +", 0.0), ("1 / 0", 0.0)):
         found = task.score(answer_of(body), whole)
-        assert (found["correct"], found["pass_rate"]) == (rate == 1, rate), body
+        assert (found["correct"], found["passed"]) == (rate == 1, 2 * rate), body
         assert found["total"] == (rate == 1) + 0.1
-    assert task.score("no answer", whole)["pass_rate"] == 0
+    assert task.score("no answer", whole)["passed"] == 0
 
 
 @pytest.mark.parametrize(
