@@ -98,7 +98,7 @@ class Config:
     heldout_share: float = option(0.05, "of the prompts of --data, to evaluate")
     sample: int = option(0, "training problems to answer, 0: by size")
     attempts: int = option(8, "answers to each", 2)
-    cap: int = option(4, "pairs per prompt at most", 1)
+    cap: int = option(4, "pairs per prompt, of losers that end or not", 1)
     max_new_tokens: int = option(0, "longest completion, 0: by size")
     temperature: float = option(1.0, "of sampling", 0.01)
     batch_size: int = option(0, "examples per step, 0: by size")
@@ -174,19 +174,8 @@ def margin_pairs(rates: list[Fraction], rule: str) -> list[tuple[int, int]]:
     return found
 
 
-def choose_pairs(pairs: list, finished: list[bool], cap: int, rng: Random) -> list:
-    """At most `cap` of them, at least half with a loser that ended."""
-    shuffled = rng.sample(pairs, len(pairs))
-    ended = [pair for pair in shuffled if finished[pair[1]]]
-    cut = [pair for pair in shuffled if not finished[pair[1]]]
-    num_cut = min(len(cut), len(ended), cap // 2)
-    return ended[: cap - num_cut] + cut[:num_cut]
-
-
 def auc_within(groups: list[tuple[list[float], list[bool]]]) -> float:
-    """Mean of eq. 7 over problems with right and wrong answers; nan without any.
-
-    Groups: scores and verdicts of answers to one problem. Chance is 0.5.
+    """Mean of eq. 7 over problems (scores, verdicts) with right and wrong answers.
 
     >>> auc_within([([2.0, 1.0, 1.0], [True, True, False]), ([0.0], [True])])
     0.75
@@ -273,23 +262,35 @@ class Example:
     rows: list[list[int]]
     labels: list[float]  # [m], [o], or o of each step, -1 without label
     ends: list[list[int]] = field(default_factory=list)  # of steps, else of rows
+    ended: bool = True  # the worse row, by itself
 
 
 def group_examples(
     cfg: Config, asked: str, answers: list[tuple], rule: str, margin=0.0
 ) -> list[Example]:
-    """Of answers (row, rate, finished) to a prompt: each, or --cap pairs."""
+    """Of answers (row, rate, ended) to a prompt: each, or pairs."""
     if cfg.kind == "outcome":
         return [Example(asked, [row], [float(rate)]) for row, rate, _ in answers]
     rows, rates, ended = zip(*answers, strict=True)
     exact = [Fraction(rate).limit_denominator(1000) for rate in rates]
     pairs = [(w, x) for w, x in margin_pairs(exact, rule) if rows[w] != rows[x]]
-    pairs = choose_pairs(pairs, ended, cfg.cap, Random(f"{cfg.seed} {asked}"))
-    return [Example(asked, [rows[w], rows[x]], [margin]) for w, x in pairs]
+    rng, examples = Random(f"{cfg.seed} {asked}"), []
+    for side in (True, False):
+        some = [(rows[w], rows[x]) for w, x in pairs if ended[x] == side]
+        for pair in rng.sample(some, min(cfg.cap, len(some))):
+            examples.append(Example(asked, [*pair], [margin], ended=side))
+    return examples
+
+
+def balanced(examples: list[Example], rng: Random) -> list[Example]:
+    """Of pairs whose loser was cut at most as many as of others."""
+    cut = [e for e in examples if not e.ended]
+    ended = [e for e in examples if e.ended]
+    return ended + rng.sample(cut, min(len(cut), len(ended)))
 
 
 def sample_examples(run: "Run", sampler: "Model", prompter: "Prompter") -> list[Example]:
-    """From answers to training problems; one that does not end is wrong."""
+    """From answers to training problems; without an end they are wrong."""
     cfg, examples = run.cfg, []
     for numbers in in_groups(list(range(cfg.sample)), 64):
         problems = [(n, prompter.task.problem("train", cfg.seed, n)) for n in numbers]
@@ -302,8 +303,9 @@ def sample_examples(run: "Run", sampler: "Model", prompter: "Prompter") -> list[
                 answers.append((c.prompt + c.tokens, rate, c.finished))
             examples += group_examples(cfg, str(group[0].number), answers, rule)
         run.say(f"{numbers[-1] + 1} problems: {len(examples)} examples")
+    examples = balanced(examples, Random(cfg.seed))
     if not examples:
-        raise BadInput(f"--sample {cfg.sample}: no problem gives a pair")
+        raise BadInput(f"--sample {cfg.sample}: no pair whose loser ended")
     return examples
 
 
@@ -390,9 +392,8 @@ def judge(kind: str, r: Tensor, labels: Tensor, centre: float) -> dict[str, Tens
     """Loss and more, each (N,), from scores (E,) and labels (N,)."""
     if kind == "pair":
         r_w, r_l = r.view(-1, 2).T
-        found = {"loss": pair_loss(r_w, r_l, labels, centre)}
-        found["pair_accuracy"] = (r_w > r_l).float()
-        return found | {"reward/chosen": r_w, "reward/rejected": r_l}
+        seen = {"loss": pair_loss(r_w, r_l, labels, centre), "reward/chosen": r_w}
+        return seen | {"reward/rejected": r_l, "pair_accuracy": (r_w > r_l).float()}
     mask = (labels >= 0).to(r.dtype)
     losses = outcome_loss(r, labels) if kind == "outcome" else process_loss(r, labels, mask)
     right = (r > 0) == (labels > 0.5)
@@ -441,7 +442,6 @@ def evaluate_head(
     run: "Run", task, model: "Model", head: nn.Linear, held: list, done: list, step: int
 ) -> dict:
     """Metrics of held-out examples, or of answers to held-out problems."""
-    cfg = run.cfg
     if not held and not done:
         return {}
     rows = [row for e in held for row in e.rows]
@@ -451,8 +451,8 @@ def evaluate_head(
         found = judge_examples(run, model, head, held, learn=False)
         metrics = {f"eval/{name}": value for name, value in found.items()}
     else:
-        metrics = describe_evaluation(done, cfg.eval_samples, task)
-        metrics |= describe_ranking(done, r, cfg.eval_samples)
+        metrics = describe_evaluation(done, run.cfg.eval_samples, task)
+        metrics |= describe_ranking(done, r, run.cfg.eval_samples)
     both = torch.tensor([r, [len(row) for row in rows]])
     metrics["eval/length_correlation"] = torch.corrcoef(both)[0, 1].item()
     run.log(step, metrics, ("eval/auc_finished", "eval/best_of_n", "eval/pair_accuracy"))

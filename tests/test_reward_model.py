@@ -88,15 +88,14 @@ def test_eq7_best_of_n_votes_and_losers_that_ended():
     assert rm.auc_within([([1, 2, 3], [0, 1, 0]), ([1, 0], [1, 0]), ([5], [1])]) == 0.75
     assert rm.best_of([1, 3, 3]) == 1 and rm.majority([None, None, "b", "a", "a"]) == 3
     assert rm.majority([None, None]) == 0 and rm.majority(["b", "a"]) == 0
-    done = [SimpleNamespace(finished=i != 2) for i in range(4)]
-    for i, c in enumerate(done):
-        c.score = {"answer": "abab"[i], "correct": i == 0}
+    score = [{"answer": "abab"[i], "correct": i == 0} for i in range(4)]
+    done = [SimpleNamespace(finished=i != 2, score=score[i]) for i in range(4)]
     metrics = rm.describe_ranking(done, [1.0, 0.0, 5.0, 7.0], 4)
     assert list(metrics.values()) == [0.0, 1.0, 1 / 3, 0.5]
-    for ended, cap, expected in ((2, 4, 4), (1, 9, 2), (8, 3, 3), (0, 4, 0), (5, 5, 5)):
-        finished = [True] + [i < ended for i in range(8)]
-        chosen = rm.choose_pairs([(0, i) for i in range(1, 9)], finished, cap, Random(0))
-        assert len(chosen) == expected <= 2 * sum(i <= ended for _, i in chosen)
+    for ended, cut in ((5, 9), (5, 2), (0, 4)):
+        examples = [rm.Example("", [], [], ended=i < ended) for i in range(ended + cut)]
+        found = [e.ended for e in rm.balanced(examples, Random(0))]
+        assert sum(found) == ended and len(found) == ended + min(cut, ended)
 
 
 def test_eq1_is_read_at_the_last_token_whatever_the_padding(scorer):
@@ -151,18 +150,17 @@ def test_head_is_saved_and_loaded_equal(tmp_path, scorer):
             rm.load_head(tmp_path, 32)
 
 
-@pytest.mark.parametrize("kind", ["pair", "outcome"])
-def test_sampled_answers_are_labelled(monkeypatch, scorer, kind):
+def test_sampled_answers_are_labelled(monkeypatch, scorer):
     """Right; right without an end, which counts as wrong; wrong."""
     prompter, run = rm.Prompter(scorer[0], make_task("countdown"), False), FakeRun(rm.Config())
-    run.cfg.kind, run.cfg.sample, run.cfg.attempts, run.say = kind, 1, 3, nothing
-    scores = [{"correct": True}, {"correct": True}, {"correct": False}]
-    done = [Completion(0, {}, [7], [i], [], i != 1, "", score) for i, score in enumerate(scores)]
+    run.cfg.sample, run.cfg.attempts, run.say = 1, 3, nothing
+    scores = [{"correct": i < 2} for i in range(3)]
+    done = [Completion(0, {}, [7], [i], [], i != 1, "", scores[i]) for i in range(3)]
     monkeypatch.setattr(rm, "rollout", lambda *args: done)
-    found = [(e.rows, e.labels) for e in rm.sample_examples(run, scorer[0], prompter)]
-    pairs = [([[7, 0], [7, 1]], [0.0]), ([[7, 0], [7, 2]], [0.0])]
-    rated = [([[7, 0]], [1.0]), ([[7, 1]], [0.0]), ([[7, 2]], [0.0])]
-    assert sorted(found) == (pairs if kind == "pair" else rated)
+    pairs, run.cfg.kind = rm.sample_examples(run, None, prompter), "outcome"
+    assert sorted(e.rows for e in pairs) == [[[7, 0], [7, 1]], [[7, 0], [7, 2]]]
+    found = [(e.rows, e.labels) for e in rm.sample_examples(run, None, prompter)]
+    assert found == [([[7, 0]], [1.0]), ([[7, 1]], [0.0]), ([[7, 2]], [0.0])]
 
 
 def test_lines_of_a_file(small, tmp_path):
@@ -225,7 +223,7 @@ def test_a_run_goes_on_as_the_unbroken_one(run, lines, cwd, small, side, monkeyp
         equal(load_file(whole / file), load_file(parts / file), 0)
     about = read_json(whole / "value_head.json")
     assert about["kind"] in side and about["style"] == "compact" and about["std"] > 0
-    bad = {"--kind process": "needs --data", "--sample 2 --kind pair": "no problem gives a pair"}
+    bad = {"--kind process": "needs --data", "--sample 2 --kind pair": "no pair whose loser ended"}
     bad |= {f"{FILE} --max_length 3": "9 lines, 0 to learn", f"{FILE} --kind outcome": "line 1: "}
     for more, words in bad.items():
         done = run(NAME, f"--model {small} {SMALL} {more}", base=False)
