@@ -297,11 +297,11 @@ def sample_examples(run: "Run", sampler: "Model", prompter: "Prompter") -> list[
         problems = [(n, prompter.task.problem("train", cfg.seed, n)) for n in numbers]
         done = rollout(run, sampler, prompter, problems, cfg.attempts, cfg.max_new_tokens, 1)
         for group in in_groups(done, cfg.attempts):
-            rule = cfg.pair_rule if "pass_rate" in group[0].score else "any"
+            rule = cfg.pair_rule if "tests" in group[0].score else "any"
             answers = []
             for c in group:
-                rate = c.score.get("pass_rate", c.score["correct"]) * c.finished
-                answers.append((c.prompt + c.tokens, rate, c.finished))
+                rate = c.score.get("passed", c.score["correct"]) / c.score.get("tests", 1)
+                answers.append((c.prompt + c.tokens, rate * c.finished, c.finished))
             examples += group_examples(cfg, str(group[0].number), answers, rule)
         run.say(f"{numbers[-1] + 1} problems: {len(examples)} examples")
     examples = balanced(examples, Random(cfg.seed))

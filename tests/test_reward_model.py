@@ -161,6 +161,10 @@ def test_sampled_answers_are_labelled(monkeypatch, scorer):
     assert sorted(e.rows for e in pairs) == [[[7, 0], [7, 1]], [[7, 0], [7, 2]]]
     found = [(e.rows, e.labels) for e in rm.sample_examples(run, None, prompter)]
     assert found == [([[7, 0]], [1.0]), ([[7, 1]], [0.0]), ([[7, 2]], [0.0])]
+    scores[0] |= {"passed": 9, "tests": 10}  # code: by eq. 6
+    scores[2] |= {"passed": 4, "tests": 10}
+    run.cfg.kind = "pair"
+    assert [e.rows for e in rm.sample_examples(run, None, prompter)] == [[[7, 0], [7, 2]]]
 
 
 def test_lines_of_a_file(small, tmp_path):
