@@ -167,7 +167,8 @@ def test_functions_of_the_map_exist(page, columns, at):
     rows = rows_of(page, columns)[1:]
     assert len(rows) >= 20
     modules = *SCRIPTS.values(), *TOOLS.values(), rewards
-    flags = {name for module in SCRIPTS.values() for name in module.Config.__dataclass_fields__}
+    configs = [module.Config for module in modules if hasattr(module, "Config")]
+    flags = {name for config in configs for name in config.__dataclass_fields__}
     flags |= {action.dest for action in traces.make_parser()._actions}
     for row in rows:
         assert set(re.findall(r"--(\w+)", row[3])) <= flags, row
