@@ -9,17 +9,9 @@ import pytest
 import torch
 from conftest import TRAINING
 
-QWEN = {
-    "model_type": "qwen2",
-    "hidden_size": 1536,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "intermediate_size": 8960,
-    "vocab_size": 151936,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": True,
-}
+QWEN = {"model_type": "qwen2", "hidden_size": 1536, "num_hidden_layers": 28}
+QWEN |= {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 8960}
+QWEN |= {"vocab_size": 151936, "rope_theta": 1000000.0, "tie_word_embeddings": True}
 HALF = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
 HALF["num_attention_heads"] = 14
 TINY = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 230, "num_hidden_layers": 4}
@@ -116,11 +108,3 @@ def test_the_larger_the_model_the_lower_the_rate(load, script, device):
         assert (sampler is model) == (device == "cpu")
         if device == "cpu":
             assert model.checkpointing == (column == 2)
-
-
-@every
-def test_rows_at_once(load, script):
-    """As many rows as 1 GB of cache holds, at most 256; on CUDA see test_device.py."""
-    _, _, model = load(script, "cuda")  # a token: 28 KiB in bfloat16
-    rows = MODULES[script].rows_at_once
-    assert [rows(model, n) for n in (100, 1000, 10000)] == [256, 34, 3]
