@@ -68,6 +68,7 @@ from rewards import (
     BadInput,
     Completion,
     describe_evaluation,
+    fill_template,
     heldout,
     in_groups,
     make_task,
@@ -850,9 +851,7 @@ class Prompter:
         asked = prompt(self.task, problem, self.style)
         if self.style != "chat":
             return self.start + asked
-        with reading("--chat"):
-            options = {"tokenize": False, "add_generation_prompt": True}
-            return open_thinking(self.chat.apply_chat_template(asked, **options))
+        return open_thinking(fill_template(self.chat, asked, opens_reply=True))
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids

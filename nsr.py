@@ -94,6 +94,7 @@ from rewards import (
     Completion,
     describe_batch,
     describe_evaluation,
+    fill_template,
     heldout,
     in_groups,
     make_task,
@@ -702,7 +703,7 @@ def head_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: flo
 def chosen_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: float) -> tuple:
     """The same, some positions at a time, computed again going backward."""
     head, logits = head_logprobs, 2**23
-    if hidden.is_cuda:  # fused, in a tenth of the memory
+    if hidden.is_cuda:  # fused; a tenth of the card
         head = torch.compile(head_logprobs, dynamic=True)
         logits = torch.cuda.mem_get_info()[1] // 160
     size = max(1, logits // model.config["vocab_size"])
@@ -750,9 +751,7 @@ class Prompter:
         asked = prompt(self.task, problem, self.style)
         if self.style != "chat":
             return self.start + asked
-        with reading("--chat"):
-            options = {"tokenize": False, "add_generation_prompt": True}
-            return open_thinking(self.chat.apply_chat_template(asked, **options))
+        return open_thinking(fill_template(self.chat, asked, opens_reply=True))
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids

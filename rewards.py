@@ -117,14 +117,6 @@ def score_countdown(text: str, numbers: Sequence[int], target: int, **kw) -> dic
     return score(text, answer, value == target and Counter(numerals) == Counter(numbers), **kw)
 
 
-def score_multiplication(text: str, a: int, b: int, **kw) -> dict:
-    """Score of an integer answer to a * b; an unevaluated product is wrong, and so is 408.0."""
-    answer = extract_answer(text)
-    number = number_text(answer or "")
-    is_integer = re.fullmatch(r"-?[0-9]+", number) and "*" not in clean(answer)
-    return score(text, answer, bool(is_integer) and int(number) == a * b, **kw)
-
-
 def score_gsm8k(text: str, gold: str, **kw) -> dict:
     """Score of a number after the last ####, else in the last \\boxed{} or <answer> block."""
     expected = plain_number(str(gold))
@@ -746,6 +738,13 @@ ASSISTANT_PREFIX = "Let me solve this step by step.\n<think>"
 PREAMBLE = "A conversation between User and Assistant. The user asks a question, and the Assistant "
 PREAMBLE += "solves it. The assistant first thinks about the reasoning process and then provides "
 PREAMBLE += "the user with the answer."  # TinyZero's, for base models
+
+
+def fill_template(template, messages: list[dict], opens_reply: bool) -> str:
+    """A chat as text, by a model's template (a tokenizer of transformers)."""
+    with reading("--chat"):
+        options = {"tokenize": False, "add_generation_prompt": opens_reply}
+        return template.apply_chat_template(messages, **options)
 
 
 def open_thinking(text: str) -> str:

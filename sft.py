@@ -63,6 +63,7 @@ from rewards import (
     Completion,
     describe_evaluation,
     epoch_order,
+    fill_template,
     heldout,
     in_groups,
     make_task,
@@ -188,8 +189,8 @@ def chat_parts(prompter: "Prompter", messages: list, ends: list) -> list[tuple[s
     parts, text, marks = [], "", tuple(prompter.decode([i]) for i in ends)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            asked = fill_template(prompter, messages[:i], opens_reply=True)
-            replied = fill_template(prompter, messages[: i + 1], opens_reply=False)
+            asked = fill_template(prompter.chat, messages[:i], opens_reply=True)
+            replied = fill_template(prompter.chat, messages[: i + 1], opens_reply=False)
             if not (asked.startswith(text) and replied.startswith(asked)):
                 raise BadInput("the chat template rewrites earlier turns")
             parts.append((asked[len(text) :], False))
@@ -198,12 +199,6 @@ def chat_parts(prompter: "Prompter", messages: list, ends: list) -> list[tuple[s
             parts.append((replied[len(asked) :], True))
             text = replied
     return parts
-
-
-def fill_template(prompter: "Prompter", messages: list[dict], opens_reply: bool) -> str:
-    with reading("--chat"):
-        options = {"tokenize": False, "add_generation_prompt": opens_reply}
-        return prompter.chat.apply_chat_template(messages, **options)
 
 
 def file_rows(run: "Run", prompter: "Prompter", ends: list[int]) -> list[tuple]:
@@ -754,7 +749,7 @@ def head_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: flo
 def chosen_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: float) -> tuple:
     """The same, some positions at a time, computed again going backward."""
     head, logits = head_logprobs, 2**23
-    if hidden.is_cuda:  # fused, in a tenth of the memory
+    if hidden.is_cuda:  # fused; a tenth of the card
         head = torch.compile(head_logprobs, dynamic=True)
         logits = torch.cuda.mem_get_info()[1] // 160
     size = max(1, logits // model.config["vocab_size"])
@@ -802,9 +797,7 @@ class Prompter:
         asked = prompt(self.task, problem, self.style)
         if self.style != "chat":
             return self.start + asked
-        with reading("--chat"):
-            options = {"tokenize": False, "add_generation_prompt": True}
-            return open_thinking(self.chat.apply_chat_template(asked, **options))
+        return open_thinking(fill_template(self.chat, asked, opens_reply=True))
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -76,6 +76,7 @@ from rewards import (
     Completion,
     describe_evaluation,
     epoch_order,
+    fill_template,
     heldout,
     in_groups,
     make_task,
@@ -114,7 +115,7 @@ class Config:
     steps: int = option(-1, "optimizer steps, 0: only evaluate, -1: by --epochs", -1)
     epochs: int = option(1, "passes over the pairs", 1)
     lr: float = option(0.0, "learning rate, 0: by size")
-    warmup_steps: int = option(6, "steps of linear warm-up, then a cosine to 0")
+    warmup_steps: int = option(6, "steps of linear warm-up, then a line to 0")
     eval_problems: int = option(200, "held-out problems, 0: no evaluation")
     eval_samples: int = option(8, "completions per held-out problem", 1)
     eval_every: int = option(0, "steps between evaluations, 0: one at the end")
@@ -159,18 +160,6 @@ def dpo_loss(
         # logsigmoid stays finite where log(sigmoid) would not
         losses = -(1 - e) * F.logsigmoid(beta * h) - e * F.logsigmoid(-beta * h)
     return losses - a * logps[0] / lengths[0], beta * ratios.detach()
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then a cosine that reaches 0 at the last step; steps count from 1.
-
-    >>> [round(learning_rate(s, 10, 1.0, 2), 3) for s in (1, 2, 6, 10)]
-    [0.5, 1.0, 0.5, 0.0]
-    """
-    if step <= warmup:
-        return peak * step / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ---------------------------------------------------------------- pairs
@@ -308,21 +297,15 @@ def chat_texts(prompter: "Prompter", asked, *chats: list) -> list[str]:
     common = 0
     while common < min(map(len, chats)) - 1 and chats[0][common] == chats[1][common]:
         common += 1
-    texts = [fill_template(prompter, chats[0][:common], opens_reply=True)]
+    texts = [fill_template(prompter.chat, chats[0][:common], opens_reply=True)]
     for chat in chats:
         if [message["role"] for message in chat[common:]] != ["assistant"]:
             raise BadInput("chosen and rejected may differ in the last reply only")
-        whole = fill_template(prompter, chat, opens_reply=False)
+        whole = fill_template(prompter.chat, chat, opens_reply=False)
         if not whole.startswith(texts[0]):
             raise BadInput("the chat template rewrites earlier turns")
         texts.append(whole[len(texts[0]) :].rstrip())
     return texts
-
-
-def fill_template(prompter: "Prompter", messages: list[dict], opens_reply: bool) -> str:
-    with reading("--chat"):
-        options = {"tokenize": False, "add_generation_prompt": opens_reply}
-        return prompter.chat.apply_chat_template(messages, **options)
 
 
 def pair_length(pair: tuple) -> int:
@@ -478,7 +461,8 @@ def train(cfg: Config) -> int:
         first = (step - 1) * cfg.batch_size  # pairs follow one another, each epoch in a new order
         places = [divmod(first + i, len(pairs)) for i in range(cfg.batch_size)]
         rows = [epoch_order(len(pairs), cfg.seed, epoch)[place] for epoch, place in places]
-        lr = learning_rate(step, cfg.steps, cfg.lr, cfg.warmup_steps)
+        left = (1 + cfg.steps - step) / cfg.steps
+        lr = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps), left)
         batch, ref = [pairs[i] for i in rows], ref_logps[:, rows]
         metrics = update_policy(run, model, optimizer, batch, ref, lr)
         run.refresh(sampler, model)
@@ -854,7 +838,7 @@ def head_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: flo
 def chosen_logprobs(model: Model, hidden: Tensor, chosen: Tensor, temperature: float) -> tuple:
     """The same, some positions at a time, computed again going backward."""
     head, logits = head_logprobs, 2**23
-    if hidden.is_cuda:  # fused, in a tenth of the memory
+    if hidden.is_cuda:  # fused; a tenth of the card
         head = torch.compile(head_logprobs, dynamic=True)
         logits = torch.cuda.mem_get_info()[1] // 160
     size = max(1, logits // model.config["vocab_size"])
@@ -902,9 +886,7 @@ class Prompter:
         asked = prompt(self.task, problem, self.style)
         if self.style != "chat":
             return self.start + asked
-        with reading("--chat"):
-            options = {"tokenize": False, "add_generation_prompt": True}
-            return open_thinking(self.chat.apply_chat_template(asked, **options))
+        return open_thinking(fill_template(self.chat, asked, opens_reply=True))
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -69,6 +69,7 @@ from rewards import (
     Completion,
     describe_evaluation,
     epoch_order,
+    fill_template,
     heldout,
     in_groups,
     make_task,
@@ -310,12 +311,6 @@ def sample_examples(run: "Run", sampler: "Model", prompter: "Prompter") -> list[
     return examples
 
 
-def fill_template(prompter: "Prompter", messages: list[dict], opens_reply: bool) -> str:
-    with reading("--chat"):
-        options = {"tokenize": False, "add_generation_prompt": opens_reply}
-        return prompter.chat.apply_chat_template(messages, **options)
-
-
 def prompt_and_answer(prompter: "Prompter", asked: str | list, answer: str | list) -> tuple:
     """Both as texts; with --chat also from lists of messages."""
     if prompter.style != "chat":
@@ -324,8 +319,8 @@ def prompt_and_answer(prompter: "Prompter", asked: str | list, answer: str | lis
         asked = [{"role": "user", "content": asked}]
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
-    before = fill_template(prompter, asked, opens_reply=True)
-    whole = fill_template(prompter, asked + answer, opens_reply=False)
+    before = fill_template(prompter.chat, asked, opens_reply=True)
+    whole = fill_template(prompter.chat, asked + answer, opens_reply=False)
     if not whole.startswith(before):
         raise BadInput("the chat template rewrites earlier turns")
     return before, whole[len(before) :].rstrip()  # up to the end token
@@ -902,9 +897,7 @@ class Prompter:
         asked = prompt(self.task, problem, self.style)
         if self.style != "chat":
             return self.start + asked
-        with reading("--chat"):
-            options = {"tokenize": False, "add_generation_prompt": True}
-            return open_thinking(self.chat.apply_chat_template(asked, **options))
+        return open_thinking(fill_template(self.chat, asked, opens_reply=True))
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -35,14 +35,15 @@ from rewards import (
     MAX_ANSWER,
     BadInput,
     Countdown,
+    clean,
     evaluate,
     expression_tokens,
     extract_answer,
+    number_text,
     random_tree,
     read_rows,
     reading,
     score,
-    score_multiplication,
     split_of,
     text_of,
     to_postfix,
@@ -756,6 +757,14 @@ class Navigation:
 
 
 # ------------------------------------------------------------------------ Multiplication
+
+
+def score_multiplication(text: str, a: int, b: int, **kw) -> dict:
+    """Score of an integer answer to a * b; an unevaluated product is wrong, and so is 408.0."""
+    answer = extract_answer(text)
+    number = number_text(answer or "")
+    is_integer = re.fullmatch(r"-?[0-9]+", number) and "*" not in clean(answer)
+    return score(text, answer, bool(is_integer) and int(number) == a * b, **kw)
 
 
 @dataclass

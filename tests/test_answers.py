@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import rewards  # noqa: E402
+from more import tasks  # noqa: E402
 
 LINES = (ROOT / "tests" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
 PAIRS = [json.loads(line) for line in LINES]
@@ -27,7 +28,7 @@ def verdict(pair: dict) -> bool:
         return rewards.score_countdown(text, **problem)["correct"]
     if pair["kind"] == "multiplication":
         text = f"</think><answer>{answer}</answer>"
-        return rewards.score_multiplication(text, **json.loads(gold))["correct"]
+        return tasks.score_multiplication(text, **json.loads(gold))["correct"]
     if pair["kind"] == "gsm8k":
         return rewards.score_gsm8k(f"#### {answer}", gold)["correct"]
     return rewards.math_equal(gold, answer)

@@ -15,18 +15,19 @@ import pytest
 from conftest import ROOT
 
 import rewards
+from more import tasks
 from more.tasks import Multiplication
 from rewards import BadInput, make_task
 
 
 def test_eq1_total_is_correct_plus_weighted_format():
     good = " 12*34 = 408 </think>\n<answer>408</answer>"
-    parts = rewards.score_multiplication(good, 12, 34)
+    parts = tasks.score_multiplication(good, 12, 34)
     assert parts == {"format": 1.0, "answer": "408", "correct": True, "total": 1.1}
-    assert rewards.score_multiplication(good, 12, 34, format_weight=0.5)["total"] == 1.5
-    assert rewards.score_multiplication(good, 12, 35)["total"] == 0.1
+    assert tasks.score_multiplication(good, 12, 34, format_weight=0.5)["total"] == 1.5
+    assert tasks.score_multiplication(good, 12, 35)["total"] == 0.1
     for text in ("<answer>408</answer>", "<think>" + good):  # the prompt opened it already
-        assert rewards.score_multiplication(text, 12, 34)["total"] == 1.0
+        assert tasks.score_multiplication(text, 12, 34)["total"] == 1.0
     assert rewards.strict_format(good + "\n<|end|>\n", "<|end|>")
     assert not rewards.strict_format("</think></answer><answer>408")
 

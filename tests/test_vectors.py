@@ -42,7 +42,7 @@ VERDICTS = {  # section: our word on a case, the expected one
     "math": lambda c: (rewards.math_equal(c["gold"], c["pred"]), c["equal"]),
     "gsm8k": lambda c: (rewards.score_gsm8k(c["response"], c["gold"])["correct"], c["expected"]),
     "multiply": lambda c: (
-        rewards.score_multiplication(c["response"], c["a"], c["b"])["correct"],
+        tasks.score_multiplication(c["response"], c["a"], c["b"])["correct"],
         c["expected"],
     ),
     "reflection_keywords": lambda c: (rewards.reflection_count(c["text"]), c["oat_zero_count"]),
