@@ -41,7 +41,7 @@ MOST = 2**16  # bytes of a value; longer ones are no answer
 FAULTS = ["syntax"], ["error"], ["memory"]  # of a program before its first test
 
 CHILD = '''
-import collections, json, math, os, resource, sys
+import collections, json, os, resource, sys
 
 job = json.load(sys.stdin)
 out, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
@@ -66,35 +66,38 @@ def deny(event, args, denied=DENIED, reading=READING, modules=MODULES, writing=W
     if event == "open" and isinstance(args[2], int) and args[2] & writing:
         raise PermissionError("open for writing")
 
-def literal(value):
-    """The text of a plain value; subclasses, whose == could say anything, are refused."""
+def plain(value):
+    """A plain value as JSON; subclasses, whose == could say anything, are refused."""
     kind = type(value)
-    if kind is float and math.isinf(value):
-        return "1e999" if value > 0 else "-1e999"
-    if value is None or kind in (bool, int, float, complex, str, bytes):
-        return repr(value)
+    if value is None or kind in (bool, int, float, str):
+        return value
     if kind in (dict, collections.Counter, collections.defaultdict, collections.OrderedDict):
-        return "{" + ",".join(literal(k) + ":" + literal(v) for k, v in value.items()) + "}"
-    parts = "".join(literal(part) + "," for part in value)
+        return {"dict": [[plain(k), plain(v)] for k, v in value.items()]}
+    if kind is bytes:
+        return {"bytes": list(value)}
+    if kind is complex:
+        return {"complex": [value.real, value.imag]}
+    parts = [plain(part) for part in value]
     if kind is list:
-        return "[" + parts + "]"
+        return parts
     if kind is tuple:
-        return "(" + parts + ")"
+        return {"tuple": parts}
     if kind in (set, frozenset):
-        return "{" + parts + "}" if parts else "set()"
+        return {"set": parts}
     raise TypeError(kind)
 
 def say(*line):
     os.write(out, (json.dumps(line) + "\\n").encode())
 
-def answer(text, namespace):
+def answer(texts, namespace):
+    """["ok", value of each text], or why there is none."""
     try:
-        value = literal(eval(text, namespace))
-        return value if len(value) < job["most"] else None
+        found = ["ok", *[plain(eval(text, namespace)) for text in texts]]
+        return found if len(json.dumps(found)) < job["most"] else ["too long"]
     except MemoryError:
-        return "memory"
-    except BaseException:
-        return None
+        return ["memory"]
+    except BaseException:  # a program may raise whatever it likes, SystemExit, too
+        return ["error"]
 
 sys.addaudithook(deny)
 namespace, status = {"__name__": "program"}, "ok"
@@ -104,14 +107,14 @@ try:
         exec(code, namespace)
     except MemoryError:
         status = "memory"
-    except BaseException:
+    except BaseException:  # as above
         status = "error"
 except (SyntaxError, ValueError, RecursionError, MemoryError):
     status = "syntax"
 say(status)
 if status == "ok":
     for texts in job["tests"]:
-        say(*[answer(text, namespace) for text in texts])
+        say(*answer(texts, namespace))
 os._exit(0)
 '''
 
@@ -150,12 +153,26 @@ def read_test(test: str) -> tuple[list[str], object]:
     return [left], lambda value: compare(value, expected)
 
 
-def passes(values: list, judge) -> bool:
-    """Whether a child's values pass; None is a value that it could not give."""
+KINDS = {"dict": dict, "tuple": tuple, "set": set, "bytes": bytes}
+
+
+def value_of(found: object) -> object:
+    """A value from what a child says of it in JSON; ValueError or TypeError where it is none."""
+    if isinstance(found, list):
+        return [value_of(part) for part in found]
+    if not isinstance(found, dict):
+        return found
+    ((kind, parts),) = found.items()
+    parts = value_of(parts)
+    return complex(*parts) if kind == "complex" else KINDS[kind](parts)
+
+
+def passes(said: list, judge) -> bool:
+    """Whether the values that a child gave pass."""
     try:
-        return bool(judge(*map(ast.literal_eval, values)))
-    except Exception:  # a hostile text, or values that do not compare: not passed
-        return False
+        return said[0] == "ok" and bool(judge(*map(value_of, said[1:])))
+    except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError):
+        return False  # no values, or such as do not compare
 
 
 def run_tests(
@@ -179,13 +196,13 @@ def run_tests(
             if began != ["ok"]:
                 return passed, began[0] if began in FAULTS else "killed"
             for texts, judge in wanted[done:]:
-                values = child.line(min(seconds, end - time.monotonic()))
-                if values is None:
+                said = child.line(min(seconds, end - time.monotonic()))
+                if said is None:
                     status = child.fault
                     break
-                if "memory" in values:
+                if said == ["memory"]:
                     status = "memory"
-                passed[done] = len(values) == len(texts) and passes(values, judge)
+                passed[done] = len(said) == 1 + len(texts) and passes(said, judge)
                 done += 1
         if done < len(tests):
             done += 1  # past the test that hung or ended the child
