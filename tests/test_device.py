@@ -17,6 +17,7 @@ from collections import Counter
 from contextlib import contextmanager
 from itertools import product
 
+import gpu
 import pytest
 import torch
 from test_sampler import V, ended, make_model, numbers, pairs, shapes_of, stopper
@@ -301,6 +302,16 @@ def test_on_device_sampling_equals_the_cpu(device, temperature, graph, monkeypat
         assert len(graphs) == (graph and steps > 2)
         assert shapes[0] == (3, 5) and set(shapes[1:]) == {(12, 1)}
         assert len(shapes) <= 3 or not graph  # prompts, a warm-up, the recorded one
+
+
+@in_child
+def test_on_device_checks_of_gpu_py(device, monkeypatch):
+    there = moved(make(banned=(0,)), device)
+    with monkeypatch.context() as patch:
+        graphs = pretend_graphs(patch)
+        assert gpu.equal_tokens(there, PROMPTS[:2], 6, 12) == 1 and len(graphs) == 1
+    assert gpu.sampler_gap(there, there, PROMPTS[:2], 12)[1] < 1e-5
+    assert gpu.bytes_read(there, 2, 10) > 8 * gpu.size_of(there)
 
 
 @in_child
