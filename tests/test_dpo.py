@@ -228,11 +228,12 @@ def test_a_file_of_pairs(run, cwd):
     lines = [{"prompt": f"{i}=", "chosen": "1" * (i + 1), "rejected": "2"} for i in range(9)]
     (cwd / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     flags = "--data pairs.jsonl --max_length 11 --steps -1 --batch_size 3 --out a --lr 0.01"
-    done = run("more.dpo", f"{flags} --eval_problems 0")
+    done = run("more.dpo", f"{flags} --eval_problems 0 --warmup_steps 2")
     assert done.code == 0 and "1 of 9 pairs longer than 11 tokens" in done.out, done.err
     rows = [row for row in lines_of(cwd / "a" / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3]  # 8 pairs
     assert rows[-1]["epoch"] == pytest.approx(9 / 8)
+    assert [row["lr"] for row in rows] == pytest.approx([0.005, 0.02 / 3, 0.01 / 3], abs=1e-6)
     (cwd / "pairs.jsonl").unlink()
     assert run("more.dpo", "--resume a --steps 4", base=False).code == 0
 

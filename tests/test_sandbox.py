@@ -47,6 +47,7 @@ def g(text):
         ("assert g('aab') == {'a': 2, 'b': 1}", True),
         ("assert sorted([f(2), f(1)]) == sorted([3, 2])", True),
         ("assert f(2) is None", False),
+        ("assert f(2) < 'a'", False),
         ("assert f('3') == 4", False),
         ("assert missing(3) == 4", False),
     ],

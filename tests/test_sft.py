@@ -1,11 +1,12 @@
 """sft.py's own functions: loss and schedule as the reference's, traces, masks, data files."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import vectors
+from conftest import lines_of, vectors
 
 import rewards
 import sft
@@ -144,8 +145,10 @@ def test_a_run_takes_every_line_in_a_new_order_each_epoch(run, cwd, monkeypatch)
     follow(monkeypatch, "add_gradients", lambda a: seen.extend(len(ids) - 3 for ids, _ in a[2]))
     follow(monkeypatch, "update_model", lambda a: rates.extend(g["lr"] for g in a[2].param_groups))
     path = write(cwd, *({"prompt": "1=", "completion": "x" * n} for n in range(1, 6)))
-    flags = f"--data {path} --steps 5 --batch_size 4 --eval_problems 0 --lr 0.01"
+    flags = f"--data {path} --steps 5 --batch_size 4 --eval_problems 0 --lr 0.01 --out a"
     assert run("sft", flags).code == 0
+    entropies = [row["entropy"] for row in lines_of(cwd / "a" / "metrics.jsonl")]
+    assert all(4 < nats < math.log(230) for nats in entropies)  # of a random model, a token
     epochs = [tuple(seen[i : i + 5]) for i in range(0, 20, 5)]
     assert all(sorted(epoch) == [1, 2, 3, 4, 5] for epoch in epochs) and len(set(epochs)) > 1
     assert rates[2:] == pytest.approx([0.001 * step for step in range(1, 5) for _ in range(2)])
