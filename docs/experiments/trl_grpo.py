@@ -3,9 +3,10 @@
     pip install trl datasets        # these alone are not in requirements.txt
     python docs/experiments/trl_grpo.py --steps 4 --rounds 2
 
-Both sides: models/tiny in float32, 16 prompts x 16 answers of at most 512 tokens at temperature 1, the
-same problems and verifier, one update, learning rate 2e-4 after 3 steps of warm-up, clip 0.2, no KL term. Their random
-numbers differ. Printed: the median of the steps but the first of each run, and the mean length.
+Both sides: models/tiny in float32, 16 prompts x 16 answers of at most 512 tokens at temperature 1,
+the same problems and verifier, one update, learning rate 2e-4 after 3 steps of warm-up, clip 0.2, no
+KL term. Their random numbers differ. Printed: the median of the steps but the first of each run,
+and the mean length.
 """
 
 import argparse
