@@ -27,8 +27,8 @@ Run
         --overlong_cache 64
 
 Expect
-    Seed 0, two cores, 5 to 10 minutes: held-out accuracy 0.343 -> 0.715, mean length 97 -> 217 tokens,
-    share that gives up 0.58 -> 0.03. docs/results.md has the other seeds.
+    Seed 0, two cores, 5 to 10 minutes: held-out accuracy 0.343 -> 0.715, mean length 97 -> 217
+    tokens, share that gives up 0.58 -> 0.03. docs/results.md has the other seeds.
 
 Differs from the papers in: no KL term and one update per rollout by default (as DAPO and TinyZero).
 
