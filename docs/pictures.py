@@ -1,0 +1,162 @@
+"""The pictures of docs/experiments.md that show what docs/results/*.json holds.
+
+    pip install matplotlib
+    python docs/pictures.py
+
+A line or a dot is the mean of the seeds, a bar reaches from the lowest to the highest of them.
+"""
+
+import json
+from pathlib import Path
+
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+
+DOCS = Path(__file__).resolve().parent
+rcParams.update({"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False})
+
+
+def results(name: str) -> dict[str, list[float]]:
+    """The measured values of docs/results/NAME.json: what was measured, seed by seed."""
+    return json.loads((DOCS / "results" / f"{name}.json").read_text())["values"]
+
+
+def draw(ax, label: str, xs: list[float], values: list[list[float]], style: str = "o-") -> None:
+    """Mean and range of the seeds' values at each x."""
+    means = [sum(seeds) / len(seeds) for seeds in values]
+    below = [mean - min(seeds) for mean, seeds in zip(means, values, strict=True)]
+    above = [max(seeds) - mean for mean, seeds in zip(means, values, strict=True)]
+    ax.errorbar(xs, means, (below, above), fmt=style, markersize=4, elinewidth=1, label=label)
+
+
+def powers(ax, xs: list[int], label: str) -> None:
+    """A logarithmic axis whose ticks are the points that were measured."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(xs, [str(x) for x in xs])
+    ax.set_xlabel(label)
+
+
+def save(figure: Figure, name: str) -> None:
+    figure.savefig(DOCS / f"{name}.svg", metadata={"Date": None})
+
+
+def nsr() -> None:
+    """pass@k of the methods; 64 samples for each of 100 problems."""
+    values, ks = results("nsr"), [1, 2, 4, 8, 16, 64]
+    figure = Figure((6, 4), layout="constrained")
+    ax = figure.subplots()
+    for method in ("base", "nsr", "w_reinforce", "reinforce", "grpo", "psr"):
+        points = [values[f"{method}_pass_at_{k}"] for k in ks]
+        draw(ax, method.replace("_", "-").upper() if method != "base" else method, ks, points)
+    powers(ax, ks, "k (samples per problem)")
+    ax.set_ylabel("pass@k (share of problems)")
+    ax.legend(frameon=False)
+    save(figure, "nsr")
+
+
+def coconut() -> None:
+    """Accuracy by the number of passes that an arm has before its answer."""
+    values = results("coconut")
+    values["now"] = results("coconut_repeat")["coconut"]
+    arms = {
+        "answer at once": "no_cot",
+        "3 pause tokens": "pause",
+        "3 thoughts": "now",
+        "3 thoughts, earlier code": "coconut",
+        "in words, 300 steps": "cot_300",
+        "in words, 1000 steps": "cot_1000",
+    }
+    figure = Figure((6, 2.6), layout="constrained")
+    ax = figure.subplots()
+    for row, arm in enumerate(arms.values()):
+        ax.plot(values[arm], [row] * len(values[arm]), "o", color="C0", alpha=0.6)
+    ax.axvline(0.25, color="gray", linewidth=1, linestyle=":")
+    ax.set_yticks(range(len(arms)), list(arms))
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("accuracy, a dot a seed (dotted: always 0)")
+    save(figure, "coconut")
+
+
+def recurrent_depth() -> None:
+    """Accuracy over the iterations at test time, trained with random or with fixed depth."""
+    values, depths = results("recurrent_depth"), [1, 2, 4, 8, 16, 32, 64]
+    figure = Figure((6, 3.6), layout="constrained")
+    ax = figure.subplots()
+    for arm in ("random", "fixed"):
+        points = [values[f"{arm}_{depth}"] for depth in depths]
+        draw(ax, f"{arm} depth in training", depths, points)
+    powers(ax, depths, "r (iterations at test time)")
+    ax.set_ylabel("accuracy (share of labels)")
+    ax.legend(frameon=False)
+    save(figure, "recurrent_depth")
+
+
+def budget_forcing() -> None:
+    """Less thinking by a cap, more by "Wait": accuracy of a model that gives up, and of one that
+    stops when it has found something.
+    """
+    values = results("budget_forcing")
+    caps, waits = [16, 32, 64, 128, 256, 512], ["cap512", "wait1", "wait2", "wait4"]
+    models = {"tiny": "models/tiny: gives up", "rl": "models/tiny-rl: stops on hits"}
+    figure = Figure((8, 3.4), layout="constrained")
+    less, more = figure.subplots(1, 2, sharey=True)
+    for model, label in models.items():
+        draw(less, label, caps, [values[f"{model}_cap{cap}"] for cap in caps])
+        draw(more, label, [0, 1, 2, 4], [values[f"{model}_{name}"] for name in waits])
+    powers(less, caps, "cap (thinking tokens)")
+    more.set_xticks([0, 1, 2, 4])
+    more.set_xlabel("Waits (times the end of thinking is refused)")
+    less.set_ylabel("accuracy (share of problems)")
+    less.set_ylim(0)
+    less.legend(frameon=False)
+    save(figure, "budget_forcing")
+
+
+def specreason() -> None:
+    """How fast each way to write is, and what its equation predicts."""
+    values = results("specreason")
+    rows = {
+        "SpecReason (a step)": "speedup",
+        "predicted, eq. 6": "predicted",
+        "speculative decoding (a token)": "decoding_speedup",
+        "predicted, eq. 5 and 6": "decoding_predicted",
+        "both": "hierarchical_speedup",
+    }
+    figure = Figure((6, 2.6), layout="constrained")
+    ax = figure.subplots()
+    for row, (label, name) in enumerate(rows.items()):
+        color = "gray" if label.startswith("predicted") else "C0"
+        ax.plot(values[name], [row] * len(values[name]), "o", color=color, alpha=0.6)
+    ax.axvline(1, color="gray", linewidth=1, linestyle=":")
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.invert_yaxis()
+    ax.set_xlabel("speed-up over the base alone, a dot a seed")
+    save(figure, "specreason")
+
+
+def sft() -> None:
+    """R1's four stages on a student: what each data set gives."""
+    values = results("data_r1_stages")
+    stages = {
+        "base": "base",
+        "1: SFT on\n2000 traces": "stage1",
+        "2: RL": "stage2",
+        "3: SFT of the base\non its samples": "stage3",
+        "4: RL": "stage4",
+    }
+    figure = Figure((7, 3.4), layout="constrained")
+    ax = figure.subplots()
+    draw(ax, "right", range(5), [values[stage] for stage in stages.values()])
+    mixed = [values[f"mixed_{stage}"] for stage in stages.values()]
+    draw(ax, "mixes two notations", range(5), mixed, "s--")
+    ax.set_xticks(range(5), list(stages))
+    ax.set_ylabel("share of answers")
+    ax.set_ylim(0)
+    ax.legend(frameon=False)
+    save(figure, "sft")
+
+
+if __name__ == "__main__":
+    for picture in (nsr, coconut, recurrent_depth, budget_forcing, specreason, sft):
+        picture()
