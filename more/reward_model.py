@@ -1054,7 +1054,7 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / "run.json").write_text(json.dumps(about, indent=2))
                 shutil.copy(script, self.folder)
-        self.say(f"{about}\n{example!r}\nfolder {self.folder}")
+        self.say(f"settings {about}\nfirst prompt {example!r}\nfolder {self.folder}")
         return state
 
     def resume(self, model, optimizer):
