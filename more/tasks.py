@@ -773,12 +773,15 @@ class Multiplication:
 
     min_digits: int = 1
     max_digits: int = 2
+    at_once: float = 0.0  # share of traces that answer without working it out
 
     NATURAL = {"min_digits": 2, "max_digits": 3}
 
     def __post_init__(self):
         if not 1 <= self.min_digits <= self.max_digits <= 18:
             raise BadInput(f"{self}: give 1 <= min_digits <= max_digits <= 18")
+        if not 0 <= self.at_once <= 1:
+            raise BadInput(f"{self}: at_once is a share, 0 to 1")
 
     def problem(self, split: str, seed: int, index: int) -> dict:
         rng = random.Random(f"multiplication {split} {seed} {index}")
@@ -797,6 +800,19 @@ class Multiplication:
 
     def compact(self, problem: dict) -> str:
         return f"{problem['a']}*{problem['b']}=<think>"
+
+    def trace(self, problem: dict, rng: random.Random) -> str:
+        """Long multiplication: a product for each digit of one operand, then their sums."""
+        few, many = sorted((problem["a"], problem["b"]))
+        digits = enumerate(reversed(str(many)))
+        parts = [int(digit) * 10**i for i, digit in digits if digit != "0"][::-1]
+        lines = [f"{few}*{part}={few * part}" for part in parts]
+        total = few * parts[0]
+        for part in parts[1:]:
+            lines.append(f"{total}+{few * part}={total + few * part}")
+            total += few * part
+        thought = "" if rng.random() < self.at_once else "\n".join(lines)
+        return f"{thought}</think><answer>{total}</answer>"
 
     def score(self, text: str, problem: dict, **kw) -> dict:
         return score_multiplication(text, problem["a"], problem["b"], **kw)

@@ -5,6 +5,7 @@ import doctest
 import itertools
 import json
 import random
+import re
 
 import pytest
 from test_rewards import write
@@ -105,6 +106,22 @@ def test_generalpoints_failed_attempts_stand_in_the_prompt():
     for p in (task.problem("train", 0, i) for i in range(100)):
         for formula, verdict in p["failed"]:  # that the stream makes up
             assert verdict == tasks.points_verdict(formula, p["numbers"], p["target"]) != "correct"
+
+
+def test_multiplication_is_worked_out_or_answered_at_once():
+    task, thoughts = tasks.Multiplication(max_digits=3, at_once=0.5), []
+    for i in range(100):
+        problem = task.problem("train", 0, i)
+        text = task.trace(problem, random.Random(i))
+        thoughts.append(text.partition("</think>")[0])
+        assert task.score(text, problem)["correct"]
+        for line in filter(None, thoughts[-1].split("\n")):
+            x, sign, y, result = re.fullmatch(r"(\d+)([*+])(\d+)=(\d+)", line).groups()
+            assert int(result) == tasks.ARITHMETIC[sign](int(x), int(y))
+    assert 30 < thoughts.count("") < 70
+    assert tasks.Multiplication().trace({"a": 37, "b": 405}, random.Random(0)) == (
+        "37*400=14800\n37*5=185\n14800+185=14985</think><answer>14985</answer>"
+    )
 
 
 def test_knights_have_one_solution_and_traces_find_it():
