@@ -234,6 +234,14 @@ def run_ranks(cwd, small, monkeypatch):
     return run_ranks
 
 
+def float64(values) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.float64)
+
+
+def close(ours: torch.Tensor, expected, tolerance: float = 1e-9) -> bool:
+    return torch.allclose(ours.detach().double(), float64(expected), rtol=0, atol=tolerance)
+
+
 class FakeRun:
     """One rank of a pretended world: notes the gradient where the real one would step."""
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import lines_of, vectors
+from conftest import vectors
 from test_vectors import cases
 
 import budget_forcing as bf
@@ -237,14 +237,3 @@ def test_eq4_repair_and_flip_explain_the_gain():
     assert found["gain"] == pytest.approx(1 / 6)
     assert found["gain_se"] == pytest.approx((17 / 36 / 6) ** 0.5)  # of 0 0 -1 1 1 0
     assert found["accuracy_se"] == pytest.approx((6 / 5 * 2 / 9 / 6) ** 0.5)
-
-
-def test_temperature_0_draws_nothing_and_another_opening_of_the_thinking(run, cwd):
-    tokens, runs = {}, {"a": "--temperature 0", "b": "--temperature 0 --seed 1", "c": ""}
-    for name, flags in runs.items():
-        flags += " --budget_mode per_round --caps 4,8 --waits 1 --think_start <think>9"
-        assert run("budget_forcing", f"{flags} --out {name}").code == 0
-        rows = lines_of(cwd / name / "samples.jsonl")
-        tokens[name] = [row["tokens"] for row in rows]
-        assert all(re.fullmatch(r"[^<>]+<think>9", row["prompt"]) for row in rows)
-    assert tokens["a"] == tokens["b"] != tokens["c"]

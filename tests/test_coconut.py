@@ -180,14 +180,6 @@ def test_eq2_rows_and_prompts_of_every_mode(tmp_path, mode):
         assert prompter.task.describe("5", problem) == counted
 
 
-def test_generated_tokens_by_hand(monkeypatch):
-    """Three thoughts and answers of two tokens, of which the last is an end in three of four."""
-    monkeypatch.setattr(coconut, "plain_log", lambda *args: None)
-    metrics = {"eval/thoughts": 3.0, "eval/completion_length": 2.0, "eval/clipped_ratio": 0.25}
-    coconut.log_tokens(None, 7, metrics)
-    assert metrics["eval/generated_tokens"] == 3 + 2 - 0.75
-
-
 def test_new_tokens_start_like_an_existing_one(tmp_path, small):
     """A vocabulary without markers grows by rows equal to that of "<<"."""
     other, made = Path(shutil.copytree(small, tmp_path / "other")), tmp_path / "made"

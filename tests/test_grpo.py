@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FakeRun, eight_answers, vectors
+from conftest import FakeRun, close, eight_answers, float64, vectors
 
 import grpo
 
@@ -14,25 +14,17 @@ NAMES = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}  # TRL's na
 LOSSES = [(c, r) for c in VECTORS["grpo_loss"] for r in c["results"] if r["loss_type"] in NAMES]
 
 
-def exact(numbers) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
 def padded(rows: list[list[float]]) -> torch.Tensor:
     return grpo.pad_rows(rows, torch.device("cpu"), torch.float64)
 
 
-def close(ours, expected, tolerance=1e-9) -> bool:
-    return torch.allclose(ours, expected, rtol=0, atol=tolerance)
-
-
 @pytest.mark.parametrize("case", VECTORS["grpo_advantages"], ids=lambda c: c["id"])
 def test_eq1_advantages_equal_the_reference(case):
-    rewards, size = exact(case["rewards"]).flatten(), len(case["rewards"][0])
+    rewards, size = float64(case["rewards"]).flatten(), len(case["rewards"][0])
     for scale, name in ("group", "group"), ("batch", "batch"), ("none", "none_dr_grpo"):
-        assert close(grpo.group_advantages(rewards, size, scale), exact(case[f"trl_{name}"])), name
+        assert close(grpo.group_advantages(rewards, size, scale), case[f"trl_{name}"]), name
     ours = grpo.group_advantages(rewards, size, "group", eps=1e-8)
-    assert close(ours, exact(case["sample_std_eps1e-8 (oat grpo, tiny-grpo)"]))
+    assert close(ours, case["sample_std_eps1e-8 (oat grpo, tiny-grpo)"])
 
 
 def test_eq1_is_exactly_0_for_equal_rewards_and_eq2_is_clamped():
@@ -48,7 +40,7 @@ def test_eq2_to_eq4_loss_and_gradient_equal_the_reference(case, result):
     logprobs = padded(case["logps"]).requires_grad_()
     old = padded(case["old_logps"]) if case["old_logps"] else logprobs.detach()
     mask = padded([[float(i not in masked)] * n for i, n in enumerate(lengths)])
-    advantages = exact(case["advantages"])
+    advantages = float64(case["advantages"])
     counts = int(mask.sum()), len(lengths), case["max_completion_length"]
     loss, clip = 0.0, (case["eps_low"], case["eps_high"], result["beta"])
     for rows in torch.arange(len(lengths)).split(2)[::-1]:
@@ -85,7 +77,7 @@ def model(small):
 def batch():
     """Eight answers, the fourth truncated, and their advantages."""
     done = [completion(i // 4, tokens, i != 3) for i, tokens in enumerate(eight_answers())]
-    rewards = exact([0, 1, 0, 1, 1, 0, 0, 0.5])
+    rewards = float64([0, 1, 0, 1, 1, 0, 0, 0.5])
     return done, grpo.group_advantages(rewards, 4, "none").tolist()
 
 

@@ -4,21 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import FakeRun, eight_answers, vectors
+from conftest import FakeRun, close, eight_answers, float64, vectors
 
 import nsr
 
 SECTION = vectors("ppo_nsr")["nsr_psr_wreinforce"]
 MODES = {"psr": "psr", "nsr": "nsr", "w-reinforce": "w_reinforce", "reinforce": "reinforce"}
 losses = pytest.mark.parametrize("case", SECTION["losses"])
-
-
-def float64(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def same(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-12) -> bool:
-    return torch.allclose(a, b, rtol=0, atol=tolerance)
 
 
 @losses
@@ -33,7 +25,7 @@ def test_eq3_to_eq7_loss_and_gradient_equal_the_reference(case, mode):
     loss, _ = nsr.signed_loss(logprobs[kept], old[kept], advantages[kept], weights, case["clip"])
     loss.backward()
     assert loss.item() == pytest.approx(expected["loss"], abs=1e-10)
-    assert same(logprobs.grad, float64(expected["grad_logprobs_full_batch"]), 1e-10)
+    assert close(logprobs.grad, expected["grad_logprobs_full_batch"], 1e-10)
 
 
 @losses
@@ -53,7 +45,7 @@ def test_eq5_and_eq6_direction_on_the_logits_equals_the_reference(case):
         logprob = logits.log_softmax(-1)[None, None, case["sampled"]]
         args = logprob, logprob.detach(), float64([case["R"]]), float64([[1.0]])
         nsr.signed_loss(*args, objective=objective)[0].backward()
-        assert same(-logits.grad, float64(case[f"descent_direction_{name}"]), 1e-10)
+        assert close(-logits.grad, case[f"descent_direction_{name}"], 1e-10)
 
 
 def test_eq4_is_clamped_and_eq7_has_these_weights():
@@ -63,7 +55,7 @@ def test_eq4_is_clamped_and_eq7_has_these_weights():
     expected = {"token": [0.1, 0.1], "sequence": [1 / 15, 1 / 5], "sample": [0.2, 0.2]}
     for name, values in expected.items():
         weights = nsr.normaliser_weights(mask, name, 4, 10, 5)
-        assert same(weights, mask * float64(values)[:, None]), name
+        assert close(weights, mask * float64(values)[:, None], 1e-12), name
 
 
 def completion(number: int, tokens: list[int], correct: bool) -> nsr.Completion:
@@ -95,7 +87,7 @@ def test_gradient_does_not_depend_on_split_or_ranks(model, batch, normaliser):
     options = {"normaliser": normaliser, "updates": 2}
     whole, _ = updates(model, batch, "nsr", micro_batch_tokens=10**6, **options)
     ranks = [updates(model, batch, "nsr", rank, 3, **options)[0] for rank in range(3)]
-    assert len(whole) == 2 and same(torch.stack(whole), sum(map(torch.stack, ranks)))
+    assert len(whole) == 2 and close(torch.stack(whole), sum(map(torch.stack, ranks)), 1e-12)
 
 
 def test_kept_answers_make_the_steps(model, batch):
@@ -104,7 +96,7 @@ def test_kept_answers_make_the_steps(model, batch):
     counts = [(len(steps), m["updates"], m["rows_trained"]) for steps, m in found.values()]
     assert counts == [(2, 2, 3), (3, 3, 5), (4, 4, 8), (4, 4, 8)]
     [alone], _ = updates(model, [batch[4]], "psr")  # the third right answer, by itself
-    assert same(found["psr"][0][1], alone / 2)
+    assert close(found["psr"][0][1], alone / 2, 1e-12)
 
 
 @pytest.mark.parametrize("right, mode", [(False, "psr"), (True, "nsr")])
@@ -137,4 +129,4 @@ def test_eq4_to_eq7_each_update_is_of_its_part(model, batch, objective):
         weights = mask[:, 1:].double() / sum(len(c.tokens) / 2 for c in batch)
         loss, _ = nsr.signed_loss(new, old.detach(), gains, weights, objective=objective)
         expected = torch.autograd.grad(loss, list(policy.parameters()))
-        assert same(ours, torch.cat([x.flatten() for x in expected]))
+        assert close(ours, torch.cat([x.flatten() for x in expected]), 1e-12)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -236,13 +236,3 @@ def test_a_prompt_begins_with_one_bos(tmp_path, chat):
     prompter = grpo.Prompter(grpo.load_model(tmp_path), task, chat)
     ids = prompter.encode(prompter.text(task.problem("train", 0, 0)))
     assert ids[0] == 1 and ids.count(1) == 1
-
-
-def test_tensors_that_are_stored_too(tmp_path):
-    """A table of rotary angles, as in Llama 2's files, and a tied head."""
-    build(tmp_path, "llama", **TIED)
-    before, tensors = grpo.load_model(tmp_path), load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    same(grpo.load_model(tmp_path).state_dict(), before.state_dict())

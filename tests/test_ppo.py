@@ -1,13 +1,12 @@
 """ppo.py's own functions: the reference's numbers (vectors/ppo_nsr.json), invariances, its runs."""
 
 import copy
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TRAINING, FakeRun, eight_answers, metrics_of, vectors
+from conftest import TRAINING, FakeRun, close, eight_answers, float64, metrics_of, vectors
 from test_vectors import cases
 
 import ppo
@@ -15,23 +14,17 @@ import ppo
 SECTIONS = vectors("ppo_nsr")
 GAE = SECTIONS["gae"]["masked"]["cases"] + SECTIONS["gae"]["multi_gamma"]["cases"]
 LOSSES = {"policy": "logprobs old_logprobs advantages", "value": "values old_values returns"}
-tensor = partial(torch.tensor, dtype=torch.float64)
 AGGREGATION = {"seq_mean": "sequence", "token_mean": "token"}  # the reference's names and ours
-
-
-def close(got: torch.Tensor, expected, tolerance: float = 1e-9) -> bool:
-    expected = torch.as_tensor(expected, dtype=torch.float64)
-    return torch.allclose(got.detach().double(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("case", GAE)
 def test_eq2_gae_and_whitening_equal_the_paper_s_code(case):
     """One discount or two, garbage outside the mask. Two types share the reference's value."""
-    rewards, values, mask = (tensor(case[name]) for name in ("rewards", "values", "mask"))
+    rewards, values, mask = (float64(case[name]) for name in ("rewards", "values", "mask"))
     gammas = case.get("gammas") or [case["gamma"]]
-    shares = tensor([0.3, 0.7] if "gammas" in case else [1.0])
+    shares = float64([0.3, 0.7] if "gammas" in case else [1.0])
     rewards, values = rewards.view(*mask.shape, -1), values[..., None] * shares
-    found = ppo.gae(rewards, values, mask, tensor(gammas), case["lambda"])
+    found = ppo.gae(rewards, values, mask, float64(gammas), case["lambda"])
     advantages, returns = found.sum(-1), (found + values).sum(-1)
     whitened = ppo.whiten(advantages, mask)
     assert not advantages[mask == 0].any() and not whitened[mask == 0].any()
@@ -45,7 +38,7 @@ def test_eq2_gae_and_whitening_equal_the_paper_s_code(case):
 @pytest.mark.parametrize("how", AGGREGATION)
 @pytest.mark.parametrize("kind, case", [(k, c) for k in LOSSES for c in SECTIONS["ppo_losses"][k]])
 def test_eq3_to_eq5_losses_and_gradients_equal_the_reference(kind, case, how):
-    x, old, other, mask = (tensor(case[name]) for name in (*LOSSES[kind].split(), "mask"))
+    x, old, other, mask = (float64(case[name]) for name in (*LOSSES[kind].split(), "mask"))
     weights = ppo.token_weights(mask, AGGREGATION[how], int(mask.sum()), len(mask), 9)
     x.requires_grad_()
     if kind == "policy":
@@ -62,7 +55,7 @@ def test_eq3_to_eq5_losses_and_gradients_equal_the_reference(kind, case, how):
 
 @cases("ppo_nsr", "kl", "estimators")
 def test_eq1_kl_estimators_equal_the_reference(case):
-    args, mask = (tensor(case["logprobs"]), tensor(case["ref_logprobs"])), tensor(case["mask"])
+    args, mask = (float64(case["logprobs"]), float64(case["ref_logprobs"])), float64(case["mask"])
     for kind in ("k1", "k2"):
         assert close(ppo.kl_estimate(*args, kind), case[kind], 1e-10)
     assert close(ppo.kl_estimate(*args, "k3") * mask, case["k3_masked_unclamped"], 1e-10)
@@ -70,10 +63,10 @@ def test_eq1_kl_estimators_equal_the_reference(case):
 
 @cases("ppo_nsr", "kl", "reward_placement")
 def test_eq1_rewards_stand_where_the_reference_puts_them(case):
-    reward, kl, mask = tensor(case["reward"]), tensor(case["kl"]), tensor(case["mask"])
+    reward, kl, mask = float64(case["reward"]), float64(case["kl"]), float64(case["mask"])
     if case["kind"] == "scalar":
         reward = ppo.at_end(reward, mask)
-    reward, expected = (x.view(*mask.shape, -1) for x in (reward, tensor(case["expected"])))
+    reward, expected = (x.view(*mask.shape, -1) for x in (reward, float64(case["expected"])))
     got = ppo.token_rewards(reward, kl, case["kl_coef"], mask, case["reward_clip_range"][1])
     assert close(got, expected, 1e-10)
 
@@ -139,9 +132,9 @@ def test_eq1_and_eq2_with_a_discount_for_each_reward_type(model, critic):
     rows = c.prompt + c.tokens, [0] * 3 + [1] * len(c.tokens)
     ref_logprobs, _ = ppo.completion_logprobs(reference, *torch.tensor(rows)[:, None])
     kl = ppo.kl_estimate(x["old_logprobs"], ref_logprobs[:, 2:], "k2")
-    outcome = ppo.at_end(tensor([1.0]), x["mask"])
-    rewards = torch.stack([outcome, -0.1 * tensor(marks_of([c]))], -1) - 0.05 * kl[..., None]
-    args = rewards, x["old_values"], x["mask"], tensor([0.95, 0.8])
+    outcome = ppo.at_end(float64([1.0]), x["mask"])
+    rewards = torch.stack([outcome, -0.1 * float64(marks_of([c]))], -1) - 0.05 * kl[..., None]
+    args = rewards, x["old_values"], x["mask"], float64([0.95, 0.8])
     assert close(x["returns"], ppo.gae(*args, 0.7) + x["old_values"], 1e-10)
     assert close(x["advantages"], ppo.whiten(ppo.gae(*args, 0.9).sum(-1), x["mask"]), 1e-10)
 

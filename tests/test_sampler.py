@@ -237,12 +237,6 @@ def test_only_rows_that_may_end_are_decoded():
     assert not finished.any() and lengths.tolist() == [6, 6, 5]
 
 
-def test_stop_string_in_the_prompt_stops_nothing():
-    model = make_model(vocab=8, banned=(5,))  # no "."
-    s = grpo.generate(model, [[5, 5, 5, 5]], numbers([(0, 0)], 12), stop=stopper(("..",)))
-    assert s.lengths.tolist() == [12] and not s.finished.any()
-
-
 def shapes_of(model):
     """A list that grows by (B, T) of each forward pass."""
     shapes = []

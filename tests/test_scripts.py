@@ -98,14 +98,6 @@ def test_docstring_examples(name):
 
 
 @every
-def test_help(script, run, cwd):
-    done = run(script, "--help")
-    assert (done.code, done.err) == (0, "") and not list(cwd.iterdir())
-    for f in fields(module(script).Config):
-        assert re.search(rf"^  --{f.name}\b", done.out, re.MULTILINE), f.name
-
-
-@every
 def test_files_of_a_run(made, script):
     folder = made("a", script, LONG[script][0])
     last = checkpoint(folder, LONG[script][1])

@@ -23,14 +23,6 @@ BLOCK = re.compile(r"(?ms)^# >>> shared: (\w+)\n(.*?)^# <<< shared: \1$")
 LIKE_A_MARKER = re.compile(r"(?im)^[ \t]*#\s*(>>|<<)[<>]?\s*shared.*")
 
 # Lines are the non-blank ones, docstrings and comments included; on the screen blank ones count.
-ROOMS = {  # lines of blocks that belong together: shown by --sizes, only the sum is a limit
-    "layers + model + files": 200,
-    "sampler": 95,
-    "logprobs": 45,
-    "rollout + batch": 115,
-    "run": 125,
-    "config": 40,
-}
 LIMITS = {
     "machine lines": 620,
     "machine bytes": 33 * 1024,
@@ -176,21 +168,18 @@ def excesses(path: Path) -> dict[str, float]:
 
 
 def size_tables(folder: Path) -> str:
-    """Lines and bytes of each block; lines of each room; the numbers that LIMITS bounds."""
+    """Lines and bytes of each block, and the numbers that LIMITS bounds."""
     found = {path: split(path)[0] for path in scripts(folder)}
     names = list(dict.fromkeys(name for blocks in found.values() for name in blocks))
-    sizes, rooms = [["lines bytes", *names]], [["lines", *(f"{r} ({ROOMS[r]})" for r in ROOMS)]]
-    numbers = [["(!: over)", *LIMITS]]
+    sizes, numbers = [["lines bytes", *names]], [["(!: over)", *LIMITS]]
     for path, blocks in found.items():
         blocks = {name: BLOCK.sub(r"\2", text) for name, text in blocks.items()}
         texts = [blocks.get(name, "") for name in names]
         sizes.append([name_of(path), *(f"{count(text)} {len(text.encode())}" for text in texts)])
-        parts = ["".join(blocks.get(name, "") for name in room.split(" + ")) for room in ROOMS]
-        rooms.append([name_of(path), *(str(count(part)) for part in parts)])
         own, over = measure(path), excesses(path)
         numbers.append([name_of(path), *(f"{own[n]:.5g}{'!' * (n in over)}" for n in LIMITS)])
     lines = []
-    for table in (sizes, rooms, numbers):
+    for table in (sizes, numbers):
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += ["  ".join(map(str.rjust, row, widths)) for row in table] + [""]
     return "\n".join(lines)

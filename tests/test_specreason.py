@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import float64
 from test_vectors import cases, check, near
 
 import rewards
@@ -17,10 +18,6 @@ import specreason as sr
 def no_gradients():
     with torch.inference_mode():
         yield
-
-
-def float64(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def scripted(steps: list):
