@@ -54,6 +54,22 @@ def nsr() -> None:
     save(figure, "nsr")
 
 
+def ppo() -> None:
+    """Answers of at most 96 tokens: how many run into the limit, and how many are right."""
+    values = results("ppo_length")
+    arms = {"base": "before", "plain": "plain reward", "cosine": "cosine reward"}
+    figure = Figure((5, 3.4), layout="constrained")
+    ax = figure.subplots()
+    for arm, label in arms.items():
+        ax.plot(values[f"{arm}_exceeds"], values[f"{arm}_accuracy"], "o", label=label)
+    ax.set_xlim(0, 0.5)
+    ax.set_ylim(0, 0.5)
+    ax.set_xlabel("share of answers cut off at 96 tokens")
+    ax.set_ylabel("accuracy, a dot a seed")
+    ax.legend(frameon=False, loc="lower right")
+    save(figure, "ppo")
+
+
 def coconut() -> None:
     """Accuracy by the number of passes that an arm has before its answer."""
     values = results("coconut")
@@ -158,5 +174,5 @@ def sft() -> None:
 
 
 if __name__ == "__main__":
-    for picture in (nsr, coconut, recurrent_depth, budget_forcing, specreason, sft):
+    for picture in (nsr, ppo, coconut, recurrent_depth, budget_forcing, specreason, sft):
         picture()
