@@ -25,7 +25,9 @@ from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ARMS = {"rule": "weight=0,rule_weight=1", "learned": "weight=1", "both": "weight=1,rule_weight=1"}
-SAMPLING = ["--batch_size", "128", "--max_new_tokens", "256", "--eval_samples", "8"]
+BATCH = 128  # answers a step
+LIMIT = ["--max_new_tokens", "256", "--format_weight", "0"]
+EVALUATION = [*LIMIT, "--steps", "0", "--eval_problems", "200", "--eval_samples", "4"]
 
 
 def run(out: Path, script: str, *flags: str) -> list[dict]:
@@ -41,29 +43,13 @@ def run(out: Path, script: str, *flags: str) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def evaluations(rows: list[dict]) -> tuple[dict, dict]:
-    """Before and after: the last two evaluations of a run, which come in the other order."""
-    after, before = [row for row in rows if "eval/accuracy" in row][-2:]
-    return before, after
-
-
-def values_of(arm: str, rows: list[dict]) -> dict[str, float]:
+def values_of(arm: str, steps: list[dict], after: dict) -> dict[str, float]:
     """What docs/results keeps of an arm; prints what it cost."""
-    steps = [row for row in rows if "rows_trained" in row]
-    before, after = evaluations(rows)
     sampled = sum(row["tokens"] for row in steps)
-    trained = sum(row["tokens"] * row["rows_trained"] / 128 for row in steps)
+    trained = sum(row["tokens"] * row["rows_trained"] / BATCH for row in steps)
     print(f"{arm}: {sampled} tokens sampled, about {trained:.0f} trained", flush=True)
-    found = {
-        arm: after["eval/accuracy"],
-        f"{arm}_z": after["eval/learned"],
-        f"{arm}_length": after["eval/completion_length"],
-        f"{arm}_clipped": after["eval/clipped_ratio"],
-        f"{arm}_gave_up": after["eval/gave_up"],
-    }
+    found = {arm: after["eval/accuracy"]} | details(arm, after)
     if arm == "learned":
-        found |= {"before": before["eval/accuracy"], "before_z": before["eval/learned"]}
-        found |= {"before_length": before["eval/completion_length"]}
         found["z_first"] = steps[0]["learned"]
         found["z_last"] = mean(row["learned"] for row in steps[-4:])
         found["train_before"] = mean(row["accuracy"] for row in steps[-8:-4])
@@ -71,24 +57,33 @@ def values_of(arm: str, rows: list[dict]) -> dict[str, float]:
     return found
 
 
+def details(arm: str, row: dict) -> dict[str, float]:
+    names = {"z": "learned", "length": "completion_length", "gave_up": "gave_up"}
+    return {f"{arm}_{short}": row[f"eval/{name}"] for short, name in names.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--seed", default="0")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", default="16")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     out = args.out.resolve()
-    same = ["--model", "tiny", "--seed", args.seed]
-    rows = run(out / "rm", "more/reward_model.py", *same, "--eval_problems", "50")
-    before, after = evaluations(rows)
-    values = {"rm_auc_finished": after["eval/auc_finished"]}
+    seed, base = ["--seed", args.seed], ["--model", "tiny"]
+    sizes = ["--sample", "120", "--eval_problems", "40"]
+    rows = run(out / "rm", "more/reward_model.py", *base, *seed, *sizes)
+    values = {"rm_auc_finished": rows[-2]["eval/auc_finished"]}  # the last is that of a new head
     task = f"more/learned_reward.py:LearnedReward:folder={out / 'rm'}"
+    [row] = run(out / "before", "grpo.py", *base, *seed, *EVALUATION, "--task", task)
+    values |= {"before": row["eval/accuracy"]} | details("before", row)
     for arm, weights in ARMS.items():
-        flags = [*same, *SAMPLING, "--steps", args.steps, "--format_weight", "0"]
-        rows = run(out / arm, "grpo.py", *flags, "--task", f"{task},{weights}")
-        values |= values_of(arm, rows)
+        spec = ["--task", f"{task},{weights}"]
+        flags = [*base, *seed, *LIMIT, "--batch_size", str(BATCH), "--steps", "16"]
+        steps = run(out / arm, "grpo.py", *flags, *spec, "--eval_problems", "0")
+        model = ["--model", str(out / arm / "step-000016")]
+        [row] = run(out / f"{arm}-after", "grpo.py", *model, *seed, *EVALUATION, *spec)
+        values |= values_of(arm, steps, row)
     print(json.dumps({name: round(value, 4) for name, value in values.items()}, indent=2))
 
 
