@@ -67,6 +67,7 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--seed", default="0")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", default="rule,learned,both")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     out = args.out.resolve()
@@ -77,8 +78,8 @@ def main() -> None:
     task = f"more/learned_reward.py:LearnedReward:folder={out / 'rm'}"
     [row] = run(out / "before", "grpo.py", *base, *seed, *EVALUATION, "--task", task)
     values |= {"before": row["eval/accuracy"]} | details("before", row)
-    for arm, weights in ARMS.items():
-        spec = ["--task", f"{task},{weights}"]
+    for arm in args.arms.split(","):
+        spec = ["--task", f"{task},{ARMS[arm]}"]
         flags = [*base, *seed, *LIMIT, "--batch_size", str(BATCH), "--steps", "16"]
         steps = run(out / arm, "grpo.py", *flags, *spec, "--eval_problems", "0")
         model = ["--model", str(out / arm / "step-000016")]
