@@ -10,6 +10,7 @@
     chains         Chains            problems with steps, from a file: ProsQA, ProntoQA, GSM8K-Aug
     notations      Notations         countdown in two notations (R1's language mixing, 2501.12948)
     code           Code              programs against tests, from a file (AceCode, 2502.01718)
+    toycode        ToyCode           the program behind three inputs and outputs (its stand-in)
 
 rewards.py says what a task is, and knows these by their short names. What stands here, one
 experiment or one script uses: those of docs/sft_experiments.md, coconut.py, recurrent_depth.py.
@@ -23,7 +24,7 @@ import operator
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -1199,6 +1200,235 @@ class Code(GSM8K):
             passed, _ = run_tests(program_of(answer), problem["tests"])
         counts = {"passed": sum(passed), "tests": len(passed)}
         return score(text, answer, all(passed), **kw) | counts
+
+
+# ------------------------------------------------------------------------------- toy programs
+
+ARITY = {"neg": 1, "abs": 1, "min": 2, "max": 2, "lt": 2, "eq": 2, "if": 3}
+MEANING = ARITHMETIC | {"/": operator.floordiv, "%": operator.mod, "min": min, "max": max}
+MEANING |= {"neg": operator.neg, "abs": abs, "lt": operator.lt, "eq": operator.eq}
+
+
+def parse_toy(program: str) -> tuple[list[str], object]:
+    """Variables and body of a toy program, the body as nested tuples; ValueError if it is none.
+
+    f(x)=, f(x,y)= or f(x,y,z)=, then a number of 0 to 99, a variable, (a+b) with one of + - * / %,
+    or a function of ARITY; at most 64 characters, and 12 levels of which the body is the first.
+
+    >>> parse_toy("f(x)=if(lt(x,0),neg(x),x)")
+    (['x'], ('if', ('lt', 'x', 0), ('neg', 'x'), 'x'))
+    """
+    head = re.match(r"f\((x|x,y|x,y,z)\)=", program)
+    if head is None or len(program) > 64:
+        raise ValueError("no head, or longer than 64 characters")
+    tokens = re.findall(r"[0-9]+|[a-z]+|.", program[head.end() :], re.DOTALL)[::-1]
+    names = head[1].split(",")
+    body = read_toy(tokens, names, 1)
+    if tokens:
+        raise ValueError("more than one expression")
+    return names, body
+
+
+def read_toy(tokens: list[str], names: list[str], depth: int) -> object:
+    """The expression at the end of the reversed tokens, which are used up."""
+    token = tokens.pop() if tokens and depth <= 12 else ""
+    if token in names:
+        return token
+    if re.fullmatch("0|[1-9][0-9]?", token):
+        return int(token)
+    if token == "(":
+        left = read_toy(tokens, names, depth + 1)
+        sign = tokens.pop() if tokens else ""
+        parts = [left, read_toy(tokens, names, depth + 1)]
+        if sign not in ("+", "-", "*", "/", "%"):
+            raise ValueError("no sign between two expressions")
+        token = sign
+    elif token in ARITY:
+        parts, opening = [], "("
+        for _ in range(ARITY[token]):
+            if not tokens or tokens.pop() != opening:
+                raise ValueError(f"{opening} is missing")
+            parts.append(read_toy(tokens, names, depth + 1))
+            opening = ","
+    else:
+        raise ValueError("no expression")
+    if not tokens or tokens.pop() != ")":
+        raise ValueError(") is missing")
+    return token, *parts
+
+
+def toy_value(body: object, values: dict[str, int]) -> int:
+    """The value of a body; only one branch of an if counts. Above 10^6 an OverflowError."""
+    if not isinstance(body, tuple):
+        return values.get(body, body)
+    kind, *parts = body
+    if kind == "if":
+        condition, then, other = parts
+        return toy_value(then if toy_value(condition, values) else other, values)
+    found = int(MEANING[kind](*(toy_value(part, values) for part in parts)))
+    if abs(found) > 10**6:
+        raise OverflowError("above 10^6")
+    return found
+
+
+def run_toy(program: str, args: Sequence[int]) -> tuple[str, int | str]:
+    """("ok", value) or ("error", kind): syntax, arity, zero_div, overflow. It always ends.
+
+    >>> run_toy("f(x)=(x/2)", [-3]), run_toy("f(x)=(x/0)", [1]), run_toy("f(x)=x+1", [3])
+    (('ok', -2), ('error', 'zero_div'), ('error', 'syntax'))
+    """
+    try:
+        names, body = parse_toy(program)
+    except ValueError:
+        return "error", "syntax"
+    if len(names) != len(args):
+        return "error", "arity"
+    try:
+        return "ok", toy_value(body, dict(zip(names, args, strict=True)))
+    except ZeroDivisionError:
+        return "error", "zero_div"
+    except OverflowError:
+        return "error", "overflow"
+
+
+def toy_text(body: object) -> str:
+    """
+    >>> toy_text(("if", ("lt", "x", 0), ("-", 0, "x"), "x"))
+    'if(lt(x,0),(0-x),x)'
+    """
+    if not isinstance(body, tuple):
+        return str(body)
+    kind, *parts = body
+    texts = [toy_text(part) for part in parts]
+    return f"{kind}({','.join(texts)})" if kind in ARITY else f"({texts[0]}{kind}{texts[1]})"
+
+
+SEEN, UNSEEN = range(-5, 10), range(-9, 21)  # inputs that a prompt may show; of hidden tests
+
+
+@functools.cache
+def toy_pool() -> tuple[list[list[str]], dict]:
+    """Programs in x of two levels, by operation, and those with the output y at x: {(x, y): [..]}.
+
+    Of programs that agree on all of SEEN the first stays; constants are out.
+    """
+    found, by_kind, at = set(), {}, {}
+    for kind in "+ - * / % neg abs min max lt eq if".split():
+        for parts in itertools.product(["x", *range(10)], repeat=ARITY.get(kind, 2)):
+            program = f"f(x)={toy_text((kind, *parts))}"
+            outputs = tuple(run_toy(program, [x]) for x in SEEN)
+            if outputs in found or len({y for y in outputs if y[0] == "ok"}) < 2:
+                continue
+            found.add(outputs)
+            by_kind.setdefault(kind, []).append(program)
+            for x, (_, y) in zip(SEEN, outputs, strict=True):
+                at.setdefault((x, y), []).append(program)
+    return list(by_kind.values()), at
+
+
+@dataclass
+class ToyCode:
+    """The program behind three shown inputs and outputs, right if all hidden tests pass.
+
+    A stand-in for AceCode's problems (arXiv:2502.01718): programs of a small language (parse_toy),
+    run by `run_toy` and nothing else; hidden ones have one variable and one operation. Tests on
+    which the hidden program fails are left out, as there; a problem has at least 5.
+    """
+
+    give_up: float = 0.33  # share of the traces that end on a program that fails a shown test
+
+    SHOWN, TESTS = 3, 8
+
+    def __post_init__(self):
+        if not 0 <= self.give_up <= 1:
+            raise BadInput(f"{self}: give_up 0 to 1 is allowed")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        rng, (by_kind, _) = random.Random(f"toycode {split} {seed} {index}"), toy_pool()
+        while True:
+            program = rng.choice(rng.choice(by_kind))
+            inputs = rng.sample(SEEN, self.SHOWN)
+            shown = self.tests(program, inputs)
+            left = [x for x in UNSEEN if x not in inputs]
+            asked = set(rng.sample(left, self.TESTS - 2))  # and 0 and a negative one
+            asked |= {x for x in (0, rng.randint(-9, -1)) if x in left}
+            tests = self.tests(program, sorted(asked))
+            problem = {"program": program, "shown": shown, "tests": tests}
+            fits = len(shown) == self.SHOWN
+            varied = len({y for _, y in shown + tests}) > 1
+            if fits and varied and len(tests) >= 5 and split_of(self.key(problem)) == split:
+                return problem
+
+    def tests(self, program: str, inputs: Iterable[int]) -> list[list]:
+        """[[x], y] of the inputs on which the program does not fail."""
+        runs = [([x], run_toy(program, [x])) for x in inputs]
+        return [[args, value] for args, (status, value) in runs if status == "ok"]
+
+    def passed(self, program: str, tests: list) -> list[bool]:
+        return [run_toy(program, args) == ("ok", value) for args, value in tests]
+
+    def key(self, problem: dict) -> str:
+        return self.compact(problem)
+
+    def compact(self, problem: dict) -> str:
+        return ",".join(f"{x}:{y}" for [x], y in problem["shown"]) + "?<think>"
+
+    def question(self, problem: dict) -> str:
+        shown = "; ".join(f"f({x}) = {y}" for [x], y in problem["shown"])
+        return (
+            f"Find the function f of one integer with {shown}. Write it as f(x)= and an expression "
+            "of x, integers from 0 to 99, (a+b), (a-b), (a*b), (a/b) rounded down, (a%b), neg(a), "
+            "abs(a), min(a,b), max(a,b), lt(a,b) and eq(a,b), which are 1 or 0, and if(a,b,c), "
+            f"which is b unless a is 0. {INSTRUCTION}, for example <answer>f(x)=((x*x)-1)</answer>."
+        )
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        """Also how many hidden tests passed, and how many of those in the prompt."""
+        answer = extract_answer(text)
+        passed = self.passed(answer or "", problem["tests"])
+        shown = sum(self.passed(answer or "", problem["shown"]))
+        counts = {"passed": sum(passed), "tests": len(passed), "shown": shown}
+        return score(text, answer, all(passed), **kw) | counts
+
+    def trace(self, problem: dict, rng: random.Random) -> str:
+        """Programs that fit the first shown pair, each run on the shown inputs up to a miss.
+
+        The last line, which is the answer, is the hidden program, or a miss after which it stops.
+        """
+        ([x], y), (_, at) = problem["shown"][0], toy_pool()
+        draws = rng.sample(at[x, y], min(8, len(at[x, y])))
+        misses = [p for p in draws if not all(self.passed(p, problem["shown"]))]
+        if misses and rng.random() < self.give_up:
+            tries = misses[: rng.randint(1, 2)]
+        else:
+            tries = [*misses[: rng.choice([0, 0, 1, 2])], problem["program"]]
+        lines = [self.checked(program, problem["shown"]) for program in tries]
+        return f"{''.join(lines)}</think><answer>{tries[-1]}</answer>"
+
+    def checked(self, program: str, shown: list) -> str:
+        """A line of a trace: the program, then each shown input put in, + or - behind the value.
+
+        >>> ToyCode().checked("f(x)=(x+1)", [[[3], 4], [[-2], 5]])
+        'f(x)=(x+1);3:(3+1)=4+;-2:(-2+1)=-1-\\n'
+        """
+        line, body = program, program.partition("=")[2]
+        for [x], y in shown:
+            status, value = run_toy(program, [x])
+            line += f";{x}:" + re.sub(r"\bx\b", str(x), body)
+            line += f"={value if status == 'ok' else 'e'}"
+            if value != y or status != "ok":
+                return line + "-\n"
+            line += "+"
+        return line + "\n"
+
+    def describe(self, text: str, problem: dict) -> dict:
+        """Programs tried; shares of hidden and of shown tests that the answer passes."""
+        parts, thought = self.score(text, problem), text.partition("</think>")[0]
+        return {
+            "tries": sum("f(" in line for line in thought.split("\n")),
+            "pass_rate": parts["passed"] / parts["tests"],
+            "shown_passed": parts["shown"] / self.SHOWN,
+        }
 
 
 # ----------------------------------------------------------------- countdown in two notations

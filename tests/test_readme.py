@@ -40,6 +40,7 @@ torchrun() { printf 'torchrun '; python "$@"; }
 cat() { :; }; head() { :; }; awk() { :; }; last() { echo tiny; }; cp() { :; }
 """
 SHELL_LINE = re.compile(r"(python |torchrun |for \w+ in |done\b|head |\(awk )|\w+=\S")
+NEEDS_FILES = "mine.py", "more/learned_reward.py"  # tasks that are nothing without a run's files
 STAND_INS = {"S": "7", "M": "nsr", "median.py": "grpo.py"}  # what a reader fills in; a fork
 
 
@@ -69,7 +70,7 @@ def check(name: str, argv: list[str]) -> None:
         text = (ROOT / name).read_text(encoding="utf-8")
         assert [word for word in argv if word.startswith("--") and word not in text] == []
         return
-    if not cfg.data and cfg.task != "text" and not cfg.task.startswith("mine.py"):
+    if not cfg.data and cfg.task != "text" and not cfg.task.startswith(NEEDS_FILES):
         rewards.make_task(cfg.task)
 
 

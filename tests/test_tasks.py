@@ -93,6 +93,37 @@ def test_generalpoints_hands_and_traces():
     assert misses < 6 and kinds == {"solve", "read", "plain"}
 
 
+BAD_TOYS = "f(x)=", "f(w)=1", "f(x)=y", "f(x)=(x+1", "f(x)=(x^2)", "f(x)=(x1)", "f(x)=min(x)", "x"
+BAD_TOYS += "f(x)=min(x,1,2)", "f(x)=01", "f(x)=x\n", "f(x)=neg x", "f(x)=" + 13 * "neg(" + "x" + 13 * ")"
+BAD_TOYS += "f(x)=(x + 1)", f"f(x)=({'9' * 60}+x)", "", "f(x)=(x-1)(x)", "f(x)=\u0661"
+
+
+def test_toy_programs_that_are_none_and_how_deep_they_go():
+    assert [p for p in BAD_TOYS if tasks.run_toy(p, [1]) != ("error", "syntax")] == []
+    assert tasks.run_toy(f"f(x)={11 * 'neg('}x{11 * ')'}", [3]) == ("ok", -3)  # 12 levels
+    assert tasks.run_toy("f(x)=(((99*99)*99)+((99*99)*3))", [0]) == ("ok", 970299 + 29403)
+    assert tasks.run_toy("f(x,y,z)=if(eq(x,y),(x/0),z)", [1, 2, 7]) == ("ok", 7)
+
+
+def test_toycode_problems_and_traces():
+    """At least five hidden tests, not all alike; a trace checks its program on what is shown."""
+    task, right, shares, rng = make_task("toycode"), [], set(), random.Random(0)
+    for p in (task.problem("train", 0, i) for i in range(300)):
+        assert len(p["shown"]) == 3 and len(p["tests"]) >= 5
+        assert len({y for _, y in p["shown"] + p["tests"]}) > 1
+        assert not {x for [x], _ in p["shown"]} & {x for [x], _ in p["tests"]}
+        assert all(task.passed(p["program"], p["shown"] + p["tests"]))
+        text = task.trace(p, rng)
+        parts, lines = task.score(text, p), text.partition("</think>")[0].splitlines()
+        right.append(parts["correct"])
+        shares.add(parts["passed"] / parts["tests"])
+        assert parts["format"] and lines[-1].startswith(parts["answer"] + ";")
+        assert (parts["shown"] == 3) == (lines[-1][-1] == "+") and parts["shown"] > 0
+        assert all(line[-1] == "-" for line in lines[:-1])
+        assert task.describe(text, p)["tries"] == len(lines)
+    assert 0.6 < sum(right) / 300 < 0.8 and len(shares) > 5
+
+
 def test_generalpoints_failed_attempts_stand_in_the_prompt():
     task = tasks.GeneralPoints(rule=13, turns=5)
     assert task.compact(HAND) == "R13|3,J,K=24<think>" and "K as 13" in task.question(HAND)

@@ -147,3 +147,18 @@ def test_navigation(case):
     for space in ("absolute", "relative"):
         word = tasks.turn_word(case["previous_heading"], case["new_heading"], space)
         check("sft_data", case, f"turn_direction({word})", case[f"{space}_action"])
+
+
+@cases("sft_data", "toy_code", "run")
+def test_toy_programs(case):
+    check("sft_data", case, list(tasks.run_toy(case["program"], case["args"])), case["result"])
+
+
+@cases("sft_data", "toy_code", "problem")
+def test_toy_code(case):
+    """Shares of tests passed, of programs as answers."""
+    problem, found = {"shown": [], "tests": case["tests"]}, []
+    for program in case["candidates"]:
+        parts = tasks.ToyCode().score(f"</think><answer>{program}</answer>", problem)
+        found.append([parts["passed"], parts["tests"]])
+    check("sft_data", case, found, case["passed_total"])
