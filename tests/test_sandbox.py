@@ -32,13 +32,10 @@ def g(text):
         ("assert f(3) == 4, 'a message'", True),
         ("assert f(3) == 5", False),
         ("assert f(3) != 5", True),
-        ("assert f(3) == 4.0", True),
         ("assert f(-1) == False", True),  # as in Python
         ("assert not f(-1)", True),
         ("assert not f(1)", False),
-        ("assert f(1)", True),
         ("assert f(1) < 3 < 4", True),
-        ("assert f(2) > 3", False),
         ("assert abs(f(0.5) - 1.5) < 1e-9", True),
         ("assert f(3) in (4, 5)", True),
         ("assert f(3) not in [4]", False),
@@ -79,9 +76,7 @@ def test_the_program_of_an_answer():
 
 
 SECRET = 736455182
-FORGE = (
-    "import os\nfor fd in range(3, 32):\n    try: os.write(fd, LINES)\n    except OSError: pass\n"
-)
+FORGE = "import os\nfor fd in range(3, 32):\n  try: os.write(fd, LINES)\n  except OSError: pass\n"
 FIND = r"""
 import gc, re, sys
 def f(x):
@@ -112,14 +107,8 @@ HOSTILE = {  # name: program, its status
     "builtins": ("import builtins\nbuiltins.repr = builtins.type = lambda *a: '1'\nf = str", "ok"),
     "sleep": ("import time; time.sleep(60)", "timeout"),
     "loop": ("while True: pass", "timeout"),
-    "ignored signals": (
-        "import signal\nsignal.signal(15, signal.SIG_IGN)\nwhile 1: pass",
-        "timeout",
-    ),
-    "thread": (
-        "import threading\nthreading.Thread(target=exec, args=('while 1: pass',)).start()",
-        None,
-    ),
+    "ignored signals": ("import signal as s\ns.signal(15, s.SIG_IGN)\nwhile 1: pass", "timeout"),
+    "thread": ("from threading import *\nThread(target=exec, args=('while 1: 1',)).start()", None),
     "regex": ("import re\ndef f(x): return re.match('(a+)+$', 'a' * 40 + 'b')", "timeout"),
     "recursion": ("def f(x): return f(x)", "ok"),
     "endless print": ("while True: print('x' * 1000)", "timeout"),
@@ -185,9 +174,8 @@ def test_code_is_a_task_of_its_own(tmp_path):
     path.write_text("\n".join(json.dumps(LINE | {"question": f"{i}"}) for i in range(30)))
     task = make_task("code:allow=1,max_tests=1", str(path), natural=True)
     problem = task.problem("train", 0, 0)
-    assert problem["tests"] == ["assert f(3) == 4"] and problem["question"] in task.question(
-        problem
-    )
+    assert problem["tests"] == ["assert f(3) == 4"]
+    assert problem["question"] in task.question(problem)
     whole = {"tests": LINE["test_cases"]}
     for body, rate in (("x + 1", 1.0), ("4", 0.5), ("x +", 0.0), ("1 / 0", 0.0)):
         found = task.score(answer_of(body), whole)
