@@ -82,8 +82,7 @@ def test_decontaminated():
     items += [{"prompt": "Now What is the SUM of three and two times seven, please?"}]
     assert traces.decontaminated(items, held, 8) == items[:2]  # a comma is a word
     assert traces.decontaminated(items, held, 4) == items[:1]
-    short = [{"prompt": "a b"}, {"prompt": "a b c"}]
-    assert traces.decontaminated(short, ["a b"], 8) == short[1:]
+    assert traces.decontaminated([{"prompt": "a b"}], ["a b"], 8) == []
 
 
 def completion(text: str, correct: bool, finished=True, layout=1.0, **score):
@@ -100,7 +99,6 @@ def test_kept():
     wrong = [completion("w", False)] * 4
     for answers, keep, cap, expected in [
         (mixed, "correct", 0, "aaaa aa"),
-        (mixed, "correct", 1, "aaaa"),
         (mixed, "all", 0, "aaaa b d aa e"),
         (mixed, "shortest", 0, "aa aaaa"),
         (right, "shortest", 1, "x"),
@@ -133,13 +131,12 @@ def test_perturbed():
     assert {*map(tuple, thoughts)} == {(line,) for line in LINES} and answers == {ANSWER}
     thoughts, answers = damaged("insert:0.67")
     assert all(lines.count("other") == 2 and len(lines) == 5 for lines in thoughts)
-    thoughts, answers = damaged("digits:1")
-    assert {re.sub("[0-9]", "", "".join(lines)) for lines in thoughts} == {"+=>-=<*=="}
-    assert len({*map(tuple, thoughts)}) > 1 and answers == {ANSWER}
+    thoughts, answers = damaged("digits:0.5")
+    texts = ["".join(lines) for lines in thoughts]
+    assert {re.sub("[0-9]", "", text) for text in texts} == {"+=>-=<*=="} and answers == {ANSWER}
+    changed = sum(a != b for text in texts for a, b in zip(text, "".join(LINES), strict=True))
+    assert 0.35 < changed / 20 / 12 < 0.55  # a tenth of those drawn anew stays the same
     assert damaged("answer:1") == ([LINES] * 20, {"<answer>3*2+1</answer>"})
-    digits = [traces.perturbed(TRACE, "digits:0.5", Random(seed)) for seed in range(500)]
-    changed = sum(a != b for text in digits for a, b in zip(text, TRACE, strict=True))
-    assert 0.4 < changed / 500 / 12 < 0.5  # a tenth of those drawn anew stays the same
 
 
 @pytest.fixture
@@ -156,13 +153,11 @@ def tool(cwd, small, capfd):
 
 
 def test_traces_are_those_that_sft_learns(tool, small):
-    """--cot keeps the answer of the same trace, --perturb damages it, the same way every time."""
-    code, plain, _ = tool("--traces 5")
+    """--perturb damages them, the same way every time; --cot keeps the answer."""
+    plain = tool("--traces 5")[1]
     prompter = sft.Prompter(sft.load_model(small), rewards.make_task("countdown"), chat=False)
-    assert (code, plain) == (0, [sft.trace_example(prompter, 0, i) for i in range(5)])
-    for line, whole in zip(tool("--traces 5 --cot none")[1], plain, strict=True):
-        answer = whole["completion"].partition("</think>")[2]
-        assert line == whole | {"completion": "</think>" + answer}
+    assert plain == [sft.trace_example(prompter, 0, i) for i in range(5)]
+    assert traces.shortened(TRACE, "none") == "</think>" + ANSWER
     assert traces.shortened(TRACE, "short") == "2*1=2=2\n</think>" + ANSWER
     lines = tool("--traces 5 --perturb digits:1")[1]
     assert lines == tool("--traces 5 --perturb digits:1")[1] != plain
@@ -184,39 +179,22 @@ def test_lines_are_selected(tool, tmp_path):
         code, chosen, _ = tool(flags)
         assert code == 0 and [line["id"] for line in chosen] == ids, flags
         assert all(line in lines for line in chosen)
-    assert "error: of 8 lines none is left\n" in tool(f"--data {plain} --select limo:2")[2]
 
 
 def test_pairs_of_lines(tool, tmp_path):
     """Right over wrong for the same prompt, in a file that dpo.py reads; no more than --cap."""
-    lines = [
-        {"prompt": p, "completion": f"{p}{i}", "correct": i < 2} for i in range(4) for p in "ab"
-    ]
-    lines.append({"prompt": "c", "completion": "c", "correct": True})
-    data = write(tmp_path / "a.jsonl", lines)
-    code, pairs, _ = tool(f"--data {data} --pairs correct")
+    names, keys = ("prompt", "completion", "correct"), [(p, i) for i in range(4) for p in "ab"]
+    rows = [*((p, f"{p}{i}", i < 2) for p, i in keys), ("c", "c", True)]
+    data = write(tmp_path / "a.jsonl", [dict(zip(names, row, strict=True)) for row in rows])
+    pairs = tool(f"--data {data} --pairs correct")[1]
+    found = [(pair["prompt"], pair["chosen"], pair["rejected"], pair["kind"]) for pair in pairs]
     expected = {(p, f"{p}{w}", f"{p}{x}", "correct") for p in "ab" for w in (0, 1) for x in (2, 3)}
-    assert code == 0 and len(pairs) == 8
-    assert {tuple(pair[n] for n in ("prompt", "chosen", "rejected", "kind")) for pair in pairs} == (
-        expected
-    )
+    assert len(found) == 8 and set(found) == expected
     assert [p["prompt"] for p in tool(f"--data {data} --pairs correct --cap 1")[1]] == ["a", "b"]
-    rates = [{"prompt": "a", "completion": str(n), "passed": n, "tests": 10} for n in (10, 5, 7)]
-    data = write(tmp_path / "b.jsonl", rates)
-    [pair] = tool(f"--data {data} --pairs rate")[1]
-    assert (pair["chosen"], pair["rejected"]) == ("10", "5")
-    code, _, said = tool(f"--data {data} --pairs correct")
-    assert code == 2 and "--pairs correct: KeyError 'correct'" in said
 
 
 def test_ctrl_c_writes_what_there_is(tool, monkeypatch):
-    real = traces.rollout
-
-    def rollout(run, *args, **options):
-        run.got = 2
-        return real(run, *args, **options)
-
-    monkeypatch.setattr(traces, "rollout", rollout)
+    monkeypatch.setattr(traces.Run, "gather", lambda self, value: [value or 2])  # SIGINT is 2
     code, lines, said = tool("--sample 70 --attempts 1 --keep all --max_new_tokens 30")
     assert code == 130 and "64 of 70" in said and "70 of 70" not in said
     assert f"wrote {len(lines)} of {len(lines)} lines" in said
