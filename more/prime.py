@@ -5,16 +5,17 @@ model, the PRM, learns from outcomes alone: its log-ratio to a frozen reference,
 answer, is trained to foretell whether the answer is right (2). The ratio at one token (1) is then
 that token's reward. The PRM learns online, from the answers the policy learns from; no critic.
 
-    q_i,t = log pi_phi(y_i,t) - log pi_ref(y_i,t)                                              (1)
-    L_phi = -1/B sum_i [o_i log s_i + (1 - o_i) log(1 - s_i)],  s_i = sigma(beta sum_t q_i,t)  (2)
-            o_i the outcome, 0 or 1
-    z_i,t = q_i,t / (max |sum_{v>=u} q_j,v| + 1e-6)        max over answers j, tokens u        (3)
-    u_i,t = z_i,t K/(K-1) - 1/(K-1) sum_j mean_t z_j,t     over the K answers to the question  (4)
+    q_i,t = log pi_phi(y_i,t) - log pi_ref(y_i,t)                         (1)
+    L_phi = -1/B sum_i [o_i log s_i + (1 - o_i) log(1 - s_i)]             (2)
+            s_i = sigma(beta sum_t q_i,t),  o_i the outcome, 0 or 1
+    z_i,t = q_i,t / (max_j,u |sum_{v>=u} q_j,v| + 1e-6)                   (3)
+    u_i,t = K/(K-1) z_i,t - 1/(K-1) sum_j mean_t z_j,t                    (4)
     R_i,t = sum_{v>=t} gamma_p^(v-t) u_i,v
-            + gamma_o^(T_i-1-t) (K o_i - sum_j o_j)/(K-1)                                      (5)
-    A     = (R - mean R) / std R                           over all tokens of the step         (6)
-    loss  = 1/N sum_i,t max(-rho A, -clip(rho, 1 - eps, 1 + eps) A)                            (7)
-            rho = exp(log pi(y_i,t) - log pi_old(y_i,t)), N tokens in the mini-batch
+            + gamma_o^(T_i-1-t) (K o_i - sum_j o_j)/(K-1)                 (5)
+    A     = (R - mean R) / std R        over all tokens of the step       (6)
+    loss  = 1/N sum_i,t max(-rho A, -clip(rho, 1 - eps, 1 + eps) A)       (7)
+            rho = exp(log pi(y_i,t) - log pi_old(y_i,t))
+            j: the K answers to a question; in (3) all answers of the step
 
 Eq. 5's second line is RLOO, the outcome against the mean of the other K - 1. PRM, policy and
 reference start as one model, so that q is 0 in the first step, and PRIME is RLOO there. A step:
@@ -217,8 +218,8 @@ def ppo_loss(
 def pair_accuracy(q: Tensor, outcomes: Tensor, group_size: int) -> tuple[float, float]:
     """How often the PRM ranks two answers to one prompt as their outcomes do; a tie is half.
 
-    The mean over prompts with different outcomes (nan if there are none), and over all prompts,
-    where one without difference counts 0.5, as in PRIME's code.
+    The mean over prompts with different outcomes (nan without any), and over all prompts, where
+    those without difference are 0.5 (PRIME's code).
     """
     scores, outcomes = q.sum(1).view(-1, group_size), outcomes.view(-1, group_size)  # (P, K)
     better = (outcomes[:, :, None] - outcomes[:, None]).clamp(min=0)  # (P, K, K) first is better
@@ -273,10 +274,7 @@ def load_prm(run: "Run", model: "Model") -> "Model":
 def sample_batch(
     run: "Run", sampler: "Model", prompter: "Prompter", step: int, drawn: int
 ) -> tuple:
-    """All completions of a step, those in the window, and the prompts drawn so far.
-
-    The paper's code fills the batch up to its size; here what is left is the batch.
-    """
+    """All completions of a step, those in the window, and the prompts drawn so far."""
     cfg, everything = run.cfg, []
     window = cfg.group_size, cfg.accuracy_low, cfg.accuracy_high
     for _ in range(MAX_DRAWS):
@@ -450,13 +448,15 @@ def train(cfg: Config) -> int:
         rate = min(1.0, step / max(1, cfg.warmup_steps), left)
         x, results = score_batch(run, model, prm, reference, batch)
         if cfg.process:
-            results |= update_prm(run, prm, prm_optimizer, batch, x, step, rate * cfg.prm_lr)
+            prm_lr = rate * cfg.prm_lr
+            results |= update_prm(run, prm, prm_optimizer, batch, x, step, prm_lr)
         scored = time.time()
-        results |= update_policy(run, model, optimizer, batch, x, step, rate * cfg.lr)
+        lr = rate * cfg.lr
+        results |= update_policy(run, model, optimizer, batch, x, step, lr)
         run.refresh(sampler, model)
 
         metrics = describe_batch(everything, cfg.group_size, task) | results
-        metrics["lr"], metrics["prompts"] = rate * cfg.lr, drawn
+        metrics["lr"], metrics["prompts"] = lr, drawn
         metrics["seconds_sample"] = sampled - began
         metrics["seconds_prm"] = scored - sampled
         metrics["seconds_train"] = time.time() - sampled

@@ -16,6 +16,7 @@ log-probability, which needs no PRM. One line of JSON an arm is printed, and add
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 import tempfile
@@ -26,13 +27,10 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-import specreason  # noqa: E402
-
+sys.path[0] = str(ROOT)  # this folder has a specreason.py, too
 from more import prime  # noqa: E402
 from rewards import in_groups, make_task, mean, micro_batches  # noqa: E402
 
-grade_step = specreason.grade_step
 SETTING = "--steps 16 --batch_size 128 --max_new_tokens 256 --eval_problems 200 --eval_samples 8"
 LINE_ANSWERS = 400  # of the last evaluation, 8 to a problem
 original = {name: getattr(prime, name) for name in ("bounded", "update_prm", "evaluate", "rollout")}
@@ -45,6 +43,15 @@ def shuffled(q: torch.Tensor, mask: torch.Tensor, group_size: int, seed: int) ->
         turn = int(random.integers(1, group_size))  # a rotation: no row keeps its own
         rows += group[turn:] + group[:turn]
     return original["bounded"](q)[rows] * mask
+
+
+def load_grade_step():
+    """`grade_step` of docs/experiments/specreason.py."""
+    path = ROOT / "docs" / "experiments" / "specreason.py"
+    spec = importlib.util.spec_from_file_location("specreason_experiment", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.grade_step
 
 
 class Arm:
@@ -170,7 +177,7 @@ def line_auc(folder: Path, answers: list) -> dict[str, float]:
     logp = token_logprobs(reference, answers)
     scores = token_logprobs(prm, answers)
     pairs = {"q": [], "logp": [], "q_wrong": []}
-    graded = bad = 0
+    grade_step, graded, bad = load_grade_step(), 0, 0
     for c, log_ref, log_prm in zip(answers, logp, scores, strict=True):
         lines, before = {True: [], False: []}, ""
         for first, end, text in search_lines(prompter, c):
