@@ -218,8 +218,7 @@ def ppo_loss(
 def pair_accuracy(q: Tensor, outcomes: Tensor, group_size: int) -> tuple[float, float]:
     """How often the PRM ranks two answers to one prompt as their outcomes do; a tie is half.
 
-    The mean over prompts with different outcomes (nan without any), and over all prompts, where
-    those without difference are 0.5 (PRIME's code).
+    The mean over prompts with different outcomes; over all, the others at 0.5 (PRIME's code).
     """
     scores, outcomes = q.sum(1).view(-1, group_size), outcomes.view(-1, group_size)  # (P, K)
     better = (outcomes[:, :, None] - outcomes[:, None]).clamp(min=0)  # (P, K, K) first is better
