@@ -30,9 +30,8 @@ Run
     Policy and PRM have 16 bytes a parameter, their two copies 2 each: 55.6 GB for Qwen2.5-1.5B.
     RUN_FOLDER/prm is the PRM after the last step, a model folder.
 
-Differs from the paper in: (1) to (6) are its code's, which has no beta outside (2), has eq. 3, and
-in eq. 4 means over tokens for sums; a step is smaller by what the window drops; all is scored
-before the first PRM update.
+Differs from the paper in: (1) to (6) are its code's (no beta outside (2), eq. 3, means in eq. 4);
+nothing is sampled anew for what the window drops; all is scored before the first PRM update.
 
 Legend: B answers, T tokens, P prompts, K (--group_size) answers to a prompt, N tokens of a batch,
 C hidden size, V vocabulary, H query heads, K key heads, D head size, S cache positions.
@@ -244,9 +243,9 @@ def in_window(outcomes: list[float], group_size: int, low: float, high: float) -
 def check_flags(cfg: Config) -> None:
     """Refuse what cannot work or would do nothing."""
     if cfg.group_size < 2:
-        raise BadInput(f"--group_size {cfg.group_size}: a number of at least 2 is needed")
+        raise BadInput(f"--group_size {cfg.group_size}: at least 2 is needed")
     if cfg.batch_size % cfg.group_size:
-        raise BadInput(f"--batch_size {cfg.batch_size} is not divisible by {cfg.group_size}")
+        raise BadInput(f"--batch_size {cfg.batch_size} is no multiple of {cfg.group_size}")
     if cfg.accuracy_low > cfg.accuracy_high:
         window = f"--accuracy_low {cfg.accuracy_low} --accuracy_high {cfg.accuracy_high}"
         raise BadInput(f"{window}: the first must be smaller")
@@ -254,7 +253,7 @@ def check_flags(cfg: Config) -> None:
         if getattr(cfg, name) > 1:
             raise BadInput(f"--{name} is above 1")
     for name in ("prm", "prm_updates", "prm_beta", "gamma_process"):
-        if not cfg.process and getattr(cfg, name) != getattr(Config, name):
+        if getattr(cfg, name) != getattr(Config, name) and not cfg.process:
             raise BadInput(f"--{name} does nothing with --no-process")
 
 
@@ -262,10 +261,11 @@ def load_prm(run: "Run", model: "Model") -> "Model":
     """The model phi of eq. 1: a copy of the policy, or what --prm names."""
     if not run.cfg.prm:
         return copy.deepcopy(model)
-    prm = load_model(resolve_model(run.cfg.prm), run.device)
-    known, own = prm.config["vocab_size"], model.config["vocab_size"]
+    folder, own = resolve_model(run.cfg.prm), model.config["vocab_size"]
+    known = read_json(folder / "config.json").get("vocab_size")
     if known != own:
         raise BadInput(f"--prm {run.cfg.prm}: {known} tokens, the policy has {own}")
+    prm = load_model(folder, run.device)
     prm.checkpointing, prm.compute_dtype = model.checkpointing, model.compute_dtype
     return prm
 

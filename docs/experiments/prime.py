@@ -1,6 +1,6 @@
 """Does PRIME's process reward say more than the outcome? Arms of equal rollouts, and its lines.
 
-    python docs/experiments/prime.py --seed 0 --out prime.jsonl
+    python docs/experiments/prime.py --seeds 0,1,2 --out prime.jsonl
 
 Arms, 16 steps of 8 problems x 16 answers of at most 256 tokens, from models/tiny:
     prime     more/prime.py
@@ -17,6 +17,7 @@ log-probability, which needs no PRM. One line of JSON an arm is printed, and add
 
 import argparse
 import importlib.util
+import itertools
 import json
 import sys
 import tempfile
@@ -205,15 +206,16 @@ def line_auc(folder: Path, answers: list) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--arms", default="prime,rloo,shuffled")
     parser.add_argument("--flags", default="", help="more flags of more/prime.py, in one word")
     parser.add_argument("--out", type=Path, help="JSONL file that the lines are added to")
     args = parser.parse_args()
-    for name in args.arms.split(","):
+    seeds, arms = args.seeds.split(","), args.arms.split(",")
+    for seed, name in itertools.product(map(int, seeds), arms):
         with tempfile.TemporaryDirectory() as folder:
-            arm = Arm(name, args.seed, args.flags.split(), Path(folder) / "run")
-            result = {"arm": name, "seed": args.seed, "flags": args.flags} | arm.run()
+            arm = Arm(name, seed, args.flags.split(), Path(folder) / "run")
+            result = {"arm": name, "seed": seed, "flags": args.flags} | arm.run()
             if name != "rloo":
                 result |= line_auc(arm.folder, arm.answers[:LINE_ANSWERS])
         line = json.dumps(result)
