@@ -9,6 +9,14 @@ Arms, 16 steps of 8 problems x 16 answers of at most 256 tokens, from models/tin
               zeros: the same numbers without what they say about this answer
     offline   (--arms) the PRM is not updated any more after half of the steps
 
+Claims, written before the run of seeds 0, 1, 2 (nothing was tuned on them):
+    after - before >= 0.08              prime learns
+    pair_accuracy >= 0.70               mean over the last 5 steps, groups with right and wrong
+    abs(after - rloo_after) <= 0.05     a tie at equal rollouts: such answers are short
+    after - shuffled_after >= 0.03      what a token's reward says of its answer counts
+    line_auc >= 0.60                    it finds wrong lines, the one direct test of "process"
+    cpu_seconds <= 1.7 * rloo_cpu_seconds
+
 Line AUC: on answers of the trained policy to held-out problems, whether the sum of q over a line of
 the search is lower where docs/experiments/specreason.py's `grade_step` calls the line wrong, in
 pairs of a wrong and a right line of one answer. logp is the same for the reference's
