@@ -2,7 +2,8 @@
 
     python docs/experiments/prime.py --seeds 0,1,2 --out prime.jsonl
 
-Arms, 16 steps of 8 problems x 16 answers of at most 256 tokens, from models/tiny:
+Arms, 16 steps of 8 problems x 16 answers of at most 256 tokens, from models/tiny;
+200 held-out problems x 4 samples:
     prime     more/prime.py
     rloo      --no-process: outcomes only
     shuffled  each answer has the z (eq. 3) of another answer of its group, cut or filled up with
@@ -40,8 +41,8 @@ sys.path[0] = str(ROOT)  # this folder has a specreason.py, too
 from more import prime  # noqa: E402
 from rewards import in_groups, make_task, mean, micro_batches  # noqa: E402
 
-SETTING = "--steps 16 --batch_size 128 --max_new_tokens 256 --eval_problems 200 --eval_samples 8"
-LINE_ANSWERS = 400  # of the last evaluation, 8 to a problem
+SETTING = "--steps 16 --batch_size 128 --max_new_tokens 256 --eval_problems 200 --eval_samples 4"
+LINE_ANSWERS = 400  # of the last evaluation, 4 to a problem
 original = {name: getattr(prime, name) for name in ("bounded", "update_prm", "evaluate", "rollout")}
 
 
