@@ -1,25 +1,24 @@
 """Process reinforcement through implicit rewards: PRIME (arXiv:2502.01456).
 
-A process reward says how good each token was, but nobody labels tokens. Here a second language
-model, the PRM, learns from outcomes alone: its log-ratio to a frozen reference, summed over an
-answer, is trained to foretell whether the answer is right (2). The ratio at one token (1) is then
-that token's reward. The PRM learns online, from the answers the policy learns from; no critic.
+A process reward says how good each token was, but nobody labels tokens. A second language model,
+the PRM, learns from outcomes alone: its log-ratio to a frozen reference, summed over an answer, has
+to foretell whether it is right (2). At one token the ratio (1) is that token's reward. No critic.
 
     q_i,t = log pi_phi(y_i,t) - log pi_ref(y_i,t)                         (1)
     L_phi = -1/B sum_i [o_i log s_i + (1 - o_i) log(1 - s_i)]             (2)
             s_i = sigma(beta sum_t q_i,t),  o_i the outcome, 0 or 1
-    z_i,t = q_i,t / (max_j,u |sum_{v>=u} q_j,v| + 1e-6)                   (3)
-    u_i,t = K/(K-1) z_i,t - 1/(K-1) sum_j mean_t z_j,t                    (4)
+    z_i,t = q_i,t / (max_j,u |sum_{v>=u} q_j,v| + 1e-6)   j: of the step  (3)
+    u_i,t = K/(K-1) z_i,t - 1/(K-1) sum_j mean_t z_j,t    j: of the group (4)
     R_i,t = sum_{v>=t} gamma_p^(v-t) u_i,v
             + gamma_o^(T_i-1-t) (K o_i - sum_j o_j)/(K-1)                 (5)
     A     = (R - mean R) / std R        over all tokens of the step       (6)
     loss  = 1/N sum_i,t max(-rho A, -clip(rho, 1 - eps, 1 + eps) A)       (7)
             rho = exp(log pi(y_i,t) - log pi_old(y_i,t))
-            j: the K answers to a question; in (3) all answers of the step
 
 Eq. 5's second line is RLOO, the outcome against the mean of the other K - 1. PRM, policy and
 reference start as one model, so that q is 0 in the first step, and PRIME is RLOO there. A step:
 sample, verify, drop questions outside the window, score with the PRM of before, descend (2), (7).
+Without a window, as here, the PRM alone moves the policy where all K are right or all wrong.
 
 Run
     python more/prime.py  # two CPU cores, no network, minutes
@@ -27,7 +26,7 @@ Run
     torchrun --standalone --nproc_per_node=8 more/prime.py --model Qwen2.5-1.5B --task countdown
     The paper: --group_size 4 --updates 4 --accuracy_low 0.2 --accuracy_high 0.8
     RLOO, outcomes only: --no-process
-    Policy and PRM have 16 bytes a parameter, their two copies 2 each: 55.6 GB for Qwen2.5-1.5B.
+    55.6 GB for Qwen2.5-1.5B: policy and PRM have 16 bytes a parameter, their two copies 2 each.
     RUN_FOLDER/prm is the PRM after the last step, a model folder.
 
 Differs from the paper in: (1) to (6) are its code's (no beta outside (2), eq. 3, means in eq. 4);
@@ -99,16 +98,16 @@ class Config:
     batch_size: int = option(0, "completions per step, 0: by size")
     max_new_tokens: int = option(0, "longest completion, 0: by size")
     temperature: float = option(1.0, "of sampling, also in (7)", 0.01)
-    accuracy_low: float = option(0.0, "groups below this mean outcome are dropped")
-    accuracy_high: float = option(1.0, "groups above this mean outcome are dropped")
+    accuracy_low: float = option(0.0, "drop groups of a mean outcome below")
+    accuracy_high: float = option(1.0, "drop groups of a mean outcome above")
     micro_batch_tokens: int = option(0, "padded tokens per pass, 0: by size")
     steps: int = option(32, "rollouts, 0: only evaluate")
     updates: int = option(1, "policy updates per rollout, a part each", 1)
     lr: float = option(0.0, "learning rate of the policy, 0: by size")
     warmup_steps: int = option(3, "steps of linear warm-up, of both")
     decay: bool = option(True, "let the learning rates fall linearly to 0")
-    process: bool = option(True, "process rewards, else outcomes only (RLOO)")
-    prm: str = option("", "another model as PRM, else the start; the reference stays")
+    process: bool = option(True, "else outcomes only (RLOO)")
+    prm: str = option("", "a folder to start the PRM from, else --model")
     prm_lr: float = option(0.0, "learning rate of the PRM, 0: by size")
     prm_beta: float = option(0.05, "beta of eq. 2", 1e-6)
     prm_updates: int = option(4, "PRM updates per rollout, a part each", 1)
@@ -133,7 +132,6 @@ BY_SIZE = {  # below 10 M parameters, below 1 B, above
     "max_new_tokens": (512, 256, 1024),
     "micro_batch_tokens": (2048, 1024, 16384),
 }
-MAX_DRAWS = 10  # batches in search of a group in the window
 
 
 # ------------------------------------------------------------ algorithm
@@ -243,12 +241,12 @@ def in_window(outcomes: list[float], group_size: int, low: float, high: float) -
 def check_flags(cfg: Config) -> None:
     """Refuse what cannot work or would do nothing."""
     if cfg.group_size < 2:
-        raise BadInput(f"--group_size {cfg.group_size}: at least 2 is needed")
+        raise BadInput(f"--group_size {cfg.group_size}: at least 2")
     if cfg.batch_size % cfg.group_size:
         raise BadInput(f"--batch_size {cfg.batch_size} is no multiple of {cfg.group_size}")
     if cfg.accuracy_low > cfg.accuracy_high:
         window = f"--accuracy_low {cfg.accuracy_low} --accuracy_high {cfg.accuracy_high}"
-        raise BadInput(f"{window}: the first must be smaller")
+        raise BadInput(f"{window}: the first is larger")
     for name in ("gamma_process", "gamma_outcome"):
         if getattr(cfg, name) > 1:
             raise BadInput(f"--{name} is above 1")
@@ -276,7 +274,7 @@ def sample_batch(
     """All completions of a step, those in the window, and the prompts drawn so far."""
     cfg, everything = run.cfg, []
     window = cfg.group_size, cfg.accuracy_low, cfg.accuracy_high
-    for _ in range(MAX_DRAWS):
+    for _ in range(10):  # until a group is in the window
         numbers = range(drawn, drawn + cfg.batch_size // cfg.group_size)
         drawn = numbers.stop
         problems = [(n, prompter.task.problem("train", cfg.seed, n)) for n in numbers]
@@ -351,7 +349,7 @@ def update_prm(
     batch: list[Completion],
     x: dict[str, Tensor],
     step: int,
-    lr: float,
+    rate: float,
 ) -> dict[str, float]:
     """`prm_updates` steps down eq. 2, each on its part of the answers."""
     cfg, mask, losses, norms = run.cfg, x["mask"], [], []
@@ -369,7 +367,7 @@ def update_prm(
             (loss / 10).backward()
             total += loss.item()
         losses.append(sum(run.gather(total)))
-        norms.append(10 * run.update(prm, optimizer, lr))
+        norms.append(10 * run.update(prm, optimizer, rate * cfg.prm_lr))
     return {"prm_loss": mean(losses), "prm_grad_norm": mean(norms)}
 
 
@@ -434,7 +432,7 @@ def train(cfg: Config) -> int:
         reference = copy.deepcopy(sampler).requires_grad_(False)  # the start, also on resume
     state = run.start(model, optimizer, prompter)
     drawn = state.get("drawn", 0)  # prompts so far
-    if "prm" in state:
+    if cfg.process and "prm" in state:
         prm.load_state_dict(state["prm"])
         prm_optimizer.load_state_dict(state["prm_optimizer"])
     run.refresh(sampler, model)
@@ -447,8 +445,7 @@ def train(cfg: Config) -> int:
         rate = min(1.0, step / max(1, cfg.warmup_steps), left)
         x, results = score_batch(run, model, prm, reference, batch)
         if cfg.process:
-            prm_lr = rate * cfg.prm_lr
-            results |= update_prm(run, prm, prm_optimizer, batch, x, step, prm_lr)
+            results |= update_prm(run, prm, prm_optimizer, batch, x, step, rate)
         scored = time.time()
         lr = rate * cfg.lr
         results |= update_policy(run, model, optimizer, batch, x, step, lr)
