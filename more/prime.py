@@ -26,8 +26,7 @@ Run
     torchrun --standalone --nproc_per_node=8 more/prime.py --model Qwen2.5-1.5B --task countdown
     The paper: --group_size 4 --updates 4 --accuracy_low 0.2 --accuracy_high 0.8
     RLOO, outcomes only: --no-process
-    55.6 GB for Qwen2.5-1.5B: policy and PRM have 16 bytes a parameter, their two copies 2 each.
-    RUN_FOLDER/prm is the PRM after the last step, a model folder.
+    55.6 GB of states for Qwen2.5-1.5B, 36 bytes a parameter. RUN_FOLDER/prm is the trained PRM.
 
 Differs from the paper in: (1) to (6) are its code's (no beta outside (2), eq. 3, means in eq. 4);
 nothing is sampled anew for what the window drops; all is scored before the first PRM update.
