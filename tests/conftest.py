@@ -47,6 +47,11 @@ TRAINING = {
     ),
     # another reference, so that no margin of the first step is 0 but for rounding
     "more.dpo": (f"{WARM} {PAIRS}", "--reference tiny --label_smoothing 0.1 --lr 0.01"),
+    # another PRM, so that q is not 0 in the first step
+    "more.prime": (
+        f"{GROUPS} --task {ROOT}/tests/coin.py:Coin --prm_updates 1",
+        "--prm tiny --prm_beta 1 --prm_updates 2 --updates 2 --lr 0.01 --prm_lr 0.01",
+    ),
 }
 SPECULATION = "--max_new_tokens 12 --max_step_tokens 6 --save_every 1"
 SOLVING = {  # scripts that train nothing: the smallest flags

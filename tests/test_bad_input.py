@@ -66,6 +66,13 @@ OWN = {  # for the script before the flags
     "more.dpo --label_smoothing 0.1 --loss ipo": "--label_smoothing does nothing with --loss ipo",
     "more.dpo --reference {given}/other-size": "9 tokens, the policy has 230",
     "more.dpo --data {given}/pairs.jsonl --max_length 3": "1 of 1 pairs longer than 3",
+    "more.prime --group_size 1": "--group_size 1: at least 2",
+    "more.prime --batch_size 12 --group_size 8": "--batch_size 12 is no multiple of 8",
+    "more.prime --accuracy_low 0.8 --accuracy_high 0.2": "the first is larger",
+    "more.prime --prm_beta 0": "--prm_beta 0",
+    "more.prime --no-process --prm_updates 2": "--prm_updates does nothing with --no-process",
+    "more.prime --gamma_process 2": "--gamma_process is above 1",
+    "more.prime --prm {given}/other-size": "9 tokens, the policy has 230",
 }
 
 

@@ -17,7 +17,9 @@ HALF["num_attention_heads"] = 14
 TINY = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 230, "num_hidden_layers": 4}
 LARGE = {"lr": 1e-6, "batch_size": 512, "max_new_tokens": 1024, "micro_batch_tokens": 10139}
 CHOSEN = {"ppo": {"critic_lr": 1e-5, "repetition_n": 40, "micro_batch_tokens": 8192}}
-ADDED = {"ppo": (30,)}  # bytes a parameter: the critic is trained, too
+CHOSEN["more.prime"] = {"prm_lr": 1e-6, "group_size": 8, "batch_size": 256}
+CHOSEN["more.prime"]["micro_batch_tokens"] = 16384
+ADDED = {"ppo": (30,), "more.prime": (32,)}  # bytes a parameter: a second model is trained, too
 MODULES = {script: importlib.import_module(script) for script in TRAINING}
 every = pytest.mark.parametrize("script", [s for s in MODULES if hasattr(MODULES[s], "rollout")])
 # what trains on groups of its own answers
@@ -57,14 +59,15 @@ def test_a_run_that_an_expert_would_have_configured_fits_one_card(load, script):
     MODULES[script].check_flags(cfg)
     assert cfg.batch_size == 32 * cfg.group_size
     parameters = sum(p.numel() for p in model.parameters())
-    assert parameters == 1543714304 and model.checkpointing == (script == "ppo")
+    assert parameters == 1543714304 and model.checkpointing == (script in ADDED)
     # weights for Adam in float32, a copy in bfloat16 to sample from, products in bfloat16
     assert model.lm_head.weight.dtype == torch.float32 and model.compute_dtype == torch.bfloat16
     assert {(p.dtype, p.requires_grad) for p in sampler.parameters()} == {(torch.bfloat16, False)}
 
     row = (cfg.max_new_tokens + 256) * 2 * 28 * 2 * 128 * 2  # keys, values of 28 layers, 2 heads
-    trained = 2 if script == "ppo" else 1  # models in training: the critic is one more
-    states = (16 * trained + 2) * parameters  # weight, gradient, two moments; the copy
+    trained = 2 if script in ADDED else 1  # models in training: the critic, the PRM
+    copies = 2 if script == "more.prime" else 1  # to sample from, the reference
+    states = (16 * trained + 2 * copies) * parameters  # weight, gradient, two moments; copies
     layer = 10 * 1536 + 4 * 8960  # what the parts of a layer keep of a token
     kept = 28 * 1536 + layer if model.checkpointing else 28 * layer
     training = 2 * cfg.micro_batch_tokens * kept * trained + 16 * 85e9 / 160  # and logits
