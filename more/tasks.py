@@ -1422,12 +1422,13 @@ class ToyCode:
         return line + "\n"
 
     def describe(self, text: str, problem: dict) -> dict:
-        """Programs tried; shares of hidden and of shown tests that the answer passes."""
-        parts, thought = self.score(text, problem), text.partition("</think>")[0]
+        """Programs tried; shares of tests passed; whether the last mark says what is true."""
+        parts, thought = self.score(text, problem), text.partition("</think>")[0].rstrip()
         return {
             "tries": sum("f(" in line for line in thought.split("\n")),
             "pass_rate": parts["passed"] / parts["tests"],
             "shown_passed": parts["shown"] / self.SHOWN,
+            "mark_true": thought.endswith("+") == (parts["shown"] == self.SHOWN),
         }
 
 

@@ -120,7 +120,9 @@ def test_toycode_problems_and_traces():
         assert parts["format"] and lines[-1].startswith(parts["answer"] + ";")
         assert (parts["shown"] == 3) == (lines[-1][-1] == "+") and parts["shown"] > 0
         assert all(line[-1] == "-" for line in lines[:-1])
-        assert task.describe(text, p)["tries"] == len(lines)
+        seen, other = task.describe(text, p), task.describe(text.replace("+\n", "-\n"), p)
+        assert seen["tries"] == len(lines) and seen["mark_true"]
+        assert other["mark_true"] == (parts["shown"] < 3)
     assert 0.6 < sum(right) / 300 < 0.8 and len(shares) > 5
 
 
