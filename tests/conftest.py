@@ -20,6 +20,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test looks for a network
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from rewards import Completion  # noqa: E402
+
 # Flags of quick steps whose losses are not 0. While the learning rate warms up it does not depend on
 # --steps, so that a run which is made longer equals one that was long from the start.
 SAME = "--steps 2 --batch_size 8 --max_new_tokens 40 --eval_problems 2 --eval_samples 2"
@@ -268,3 +270,23 @@ def eight_answers() -> list[list[int]]:
     """Tokens of two groups of four answers of unequal length, for the tests of update_policy."""
     generator, lengths = torch.Generator().manual_seed(0), (3, 17, 9, 30, 1, 12, 22, 5)
     return [torch.randint(44, 200, (n,), generator=generator).tolist() for n in lengths]
+
+
+def completion(number: int, tokens: list[int], finished=True, correct=False, format=0.0):
+    """An answer to the prompt 46, 47, 3."""
+    score = {"format": format, "correct": correct, "outcome": correct}
+    return Completion(number, {}, [46, 47, 3], tokens, [0.0] * len(tokens), finished, "", score)
+
+
+class Moving(FakeRun):
+    """The policy moves with each update."""
+
+    def update(self, module, optimizer, lr: float) -> float:
+        module.model.norm.weight.data *= 3
+        return super().update(module, optimizer, lr)
+
+
+@pytest.fixture(scope="module")
+def model(small):
+    """The small model in float64; its block is the same text in every script."""
+    return importlib.import_module("grpo").load_model(small).double()

@@ -149,15 +149,10 @@ def test_sec31_the_budget_ends(monkeypatch):
     assert (other.waits, other.forced, other.record()["thinking"]) == (2, True, 6)
 
 
-class Even(Tape):
-    """All words are equally likely, so that a token tells which random number drew it."""
-
-    def logits(self, hidden, temperature):
-        return torch.zeros(len(hidden), len(self.words))
-
-
 def test_the_nth_draw_uses_the_nth_number():
-    model = Even([], ["<|im_end|>", "</think>", "\n", "<answer>", "wait", "a", "b"])
+    """All words are equally likely, so that a token tells which random number drew it."""
+    model = Tape([], ["<|im_end|>", "</think>", "\n", "<answer>", "wait", "a", "b"])
+    model.logits = lambda hidden, temperature: torch.zeros(len(hidden), 7)
     options = {"max_thinking": 20, "max_answer": 9, "n_wait": 2, "wait": "waitwait"}
     rules = bf.Rules(model.encode, model.decode, model.eos_ids, (), **options)
     rows = [bf.Row([5], rules) for _ in range(8)]
@@ -236,4 +231,3 @@ def test_eq4_repair_and_flip_explain_the_gain():
     assert found["repaired"] == pytest.approx(2 / 3) and found["flipped"] == pytest.approx(1 / 3)
     assert found["gain"] == pytest.approx(1 / 6)
     assert found["gain_se"] == pytest.approx((17 / 36 / 6) ** 0.5)  # of 0 0 -1 1 1 0
-    assert found["accuracy_se"] == pytest.approx((6 / 5 * 2 / 9 / 6) ** 0.5)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FakeRun, close, eight_answers, float64, vectors
+from conftest import FakeRun, Moving, close, completion, eight_answers, float64, vectors
 
 import grpo
 
@@ -54,11 +54,6 @@ def test_eq2_to_eq4_loss_and_gradient_equal_the_reference(case, result):
         assert close(logprobs.grad, padded(result["dloss_dlogp"]), 1.1e-9)
 
 
-def completion(number: int, tokens: list[int], finished: bool = True) -> grpo.Completion:
-    score, logprobs = {"correct": False, "format": 0.0}, [0.0] * len(tokens)
-    return grpo.Completion(number, {}, [46, 47, 3], tokens, logprobs, finished, "", score)
-
-
 def gradients_of(model, batch, kind=FakeRun, rank=0, world=1, **changes):
     """Of the optimizer steps of a rollout (answers, advantages); FakeRun takes none."""
     done, advantages = batch
@@ -66,11 +61,6 @@ def gradients_of(model, batch, kind=FakeRun, rank=0, world=1, **changes):
     run = kind(grpo.Config(**changes), rank, world)
     grpo.update_policy(run, model, None, None, done, advantages, 1.0, 32)
     return run.gradients
-
-
-@pytest.fixture(scope="module")
-def model(small):
-    return grpo.load_model(small).double()
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +89,6 @@ def plain_logprobs(model, c):
 
 def test_eq2_to_eq4_each_update_is_of_its_part(model, batch):
     """Against the policy that sampled, noted before the first; a masked row counts nowhere."""
-
-    class Moving(FakeRun):
-        def update(self, module, optimizer, lr):
-            module.model.norm.weight.data *= 3
-            return super().update(module, optimizer, lr)
-
     moved, second = copy.deepcopy(model), copy.deepcopy(model)
     second.model.norm.weight.data *= 3
     options = {"updates": 2, "aggregation": "token", "mask_truncated": True}

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import FakeRun, close, eight_answers, float64, vectors
+from conftest import FakeRun, Moving, close, completion, eight_answers, float64, vectors
 
 import nsr
 
@@ -58,11 +58,6 @@ def test_eq4_is_clamped_and_eq7_has_these_weights():
         assert close(weights, mask * float64(values)[:, None], 1e-12), name
 
 
-def completion(number: int, tokens: list[int], correct: bool) -> nsr.Completion:
-    zeros = [0.0] * len(tokens)
-    return nsr.Completion(number, {}, [46, 47, 3], tokens, zeros, True, "", {"correct": correct})
-
-
 def updates(model, done, mode, rank=0, world=1, kind=FakeRun, **changes):
     """The gradients of the optimizer steps of a rollout, and its metrics."""
     changes = {"batch_size": len(done), "updates": 1, "micro_batch_tokens": 1} | changes
@@ -73,13 +68,8 @@ def updates(model, done, mode, rank=0, world=1, kind=FakeRun, **changes):
 
 
 @pytest.fixture(scope="module")
-def model(small):
-    return nsr.load_model(small).double()
-
-
-@pytest.fixture(scope="module")
 def batch():
-    return [completion(i // 4, c, i in (1, 3, 4)) for i, c in enumerate(eight_answers())]
+    return [completion(i // 4, c, correct=i in (1, 3, 4)) for i, c in enumerate(eight_answers())]
 
 
 @pytest.mark.parametrize("normaliser", ["kept", "token", "sequence", "sample"])
@@ -101,7 +91,7 @@ def test_kept_answers_make_the_steps(model, batch):
 
 @pytest.mark.parametrize("right, mode", [(False, "psr"), (True, "nsr")])
 def test_an_empty_side_makes_no_step_and_no_nan(model, batch, right, mode):
-    done = [completion(c.number, c.tokens, right) for c in batch]
+    done = [completion(c.number, c.tokens, correct=right) for c in batch]
     steps, metrics = updates(model, done, mode, updates=4)
     assert steps == [] and metrics["rows_trained"] == metrics["updates"] == metrics["loss"] == 0
     [step], metrics = updates(model, done, "w-reinforce")  # one side is enough for it
@@ -111,12 +101,6 @@ def test_an_empty_side_makes_no_step_and_no_nan(model, batch, right, mode):
 @pytest.mark.parametrize("objective", ["ratio", "probability"])
 def test_eq4_to_eq7_each_update_is_of_its_part(model, batch, objective):
     """Against pi_old, noted before the first."""
-
-    class Moving(FakeRun):
-        def update(self, module, optimizer, lr):
-            module.model.norm.weight.data *= 3
-            return super().update(module, optimizer, lr)
-
     moved, second = copy.deepcopy(model), copy.deepcopy(model)
     second.model.norm.weight.data *= 3
     options = {"normaliser": "token", "objective": objective, "updates": 2}

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TRAINING, FakeRun, close, eight_answers, float64, metrics_of, vectors
-from test_vectors import cases
+from conftest import TRAINING, FakeRun, close, completion, eight_answers, float64, metrics_of
+from test_vectors import cases, vectors
 
 import ppo
 
@@ -71,11 +71,6 @@ def test_eq1_rewards_stand_where_the_reference_puts_them(case):
     assert close(got, expected, 1e-10)
 
 
-def completion(number: int, tokens: list[int], finished=True, correct=False, format=0.0):
-    score, zeros = {"format": format, "correct": correct, "outcome": correct}, [0.0] * len(tokens)
-    return ppo.Completion(number, {}, [46, 47, 3], tokens, zeros, finished, "", score)
-
-
 def config(**changes) -> SimpleNamespace:
     chosen = {"max_new_tokens": 32, "micro_batch_tokens": 64, "batch_size": 8, "mini_batches": 1}
     return SimpleNamespace(**(ppo.asdict(ppo.Config()) | chosen | changes))
@@ -89,11 +84,6 @@ def test_eq1_outcome_rewards():
     for name, expected in cases.items():
         got = [ppo.outcome_reward(c, config(reward=name)) for c in answers]
         assert got == pytest.approx(expected)
-
-
-@pytest.fixture(scope="module")
-def model(small):
-    return ppo.load_model(small).double()
 
 
 DONE = [completion(i // 4, c, i != 3, i in (1, 4)) for i, c in enumerate(eight_answers())]

@@ -1,12 +1,12 @@
 """sft.py's own functions: loss and schedule as the reference's, traces, masks, data files."""
 
-import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import lines_of, vectors
+from test_rewards import write
 
 import rewards
 import sft
@@ -77,11 +77,6 @@ def test_the_tiny_vocabulary_is_fixed(prompter, small):
     assert never == {0, 2, 7, 8, 9, 10, *range(12, 44)}
 
 
-def write(folder, *lines: dict) -> str:
-    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(folder / "a.jsonl")
-
-
 def rows_of(path: str, prompter, **flags) -> tuple[list, str]:
     said = []
     run = SimpleNamespace(cfg=sft.Config(data=path, **flags), say=said.append)
@@ -89,7 +84,8 @@ def rows_of(path: str, prompter, **flags) -> tuple[list, str]:
 
 
 def test_rows_of_a_file_and_how_many_are_too_long(prompter, tmp_path, monkeypatch):
-    path = write(tmp_path, *({"prompt": "1=", "completion": "x" * n} for n in range(1, 9)))
+    lines = [{"prompt": "1=", "completion": "x" * n} for n in range(1, 9)]
+    path = write(tmp_path / "a.jsonl", lines)
     rows, said = rows_of(path, prompter, max_length=6)
     assert [len(ids) for ids, _ in rows] == [4, 5, 6] and rows[0][1] == [0, 0, 1, 1]
     assert "8 examples, 5 longer than 6 tokens; 3 are learnt" in said
@@ -97,10 +93,10 @@ def test_rows_of_a_file_and_how_many_are_too_long(prompter, tmp_path, monkeypatc
         rows_of(path, prompter, max_length=3)
     # nothing predicts the first token: a row that learns only that one goes
     lines = [{"prompt": prompt, "completion": "</think>c"} for prompt in ("", "1=")]
-    [(_, mask)], _ = rows_of(write(tmp_path, *lines), prompter, loss_on="thought")
+    [(_, mask)], _ = rows_of(write(tmp_path / "b.jsonl", lines), prompter, loss_on="thought")
     assert mask == [0, 0, 1, 0, 0]
     monkeypatch.setattr(prompter, "start", "<unk>")  # as a BOS
-    [(ids, mask)], _ = rows_of(write(tmp_path, lines[1]), prompter)
+    [(ids, mask)], _ = rows_of(write(tmp_path / "c.jsonl", lines[1:]), prompter)
     assert prompter.decode(ids) == "<unk>1=</think>c<eos>" and mask == [0, 0, 0, 1, 1, 1]
 
 
@@ -109,7 +105,8 @@ def test_bad_lines(prompter, tmp_path):
     bad = {"line 1": plain, "item 1": [1], "need --chat": chat}
     for message, line in (bad | {"--loss_on thought needs": plain | {"completion": "b"}}).items():
         with pytest.raises(sft.BadInput, match=message):
-            rows_of(write(tmp_path, line), prompter, loss_on="all" if line is chat else "thought")
+            path = write(tmp_path / "a.jsonl", [line])
+            rows_of(path, prompter, loss_on="all" if line is chat else "thought")
 
 
 def filled(messages, tokenize, add_generation_prompt):
@@ -144,7 +141,8 @@ def test_a_run_takes_every_line_in_a_new_order_each_epoch(run, cwd, monkeypatch)
     seen, rates = [], []
     follow(monkeypatch, "add_gradients", lambda a: seen.extend(len(ids) - 3 for ids, _ in a[2]))
     follow(monkeypatch, "update_model", lambda a: rates.extend(g["lr"] for g in a[2].param_groups))
-    path = write(cwd, *({"prompt": "1=", "completion": "x" * n} for n in range(1, 6)))
+    lines = [{"prompt": "1=", "completion": "x" * n} for n in range(1, 6)]
+    path = write(cwd / "a.jsonl", lines)
     flags = f"--data {path} --steps 5 --batch_size 4 --eval_problems 0 --lr 0.01 --out a"
     assert run("sft", flags).code == 0
     entropies = [row["entropy"] for row in lines_of(cwd / "a" / "metrics.jsonl")]
@@ -152,12 +150,3 @@ def test_a_run_takes_every_line_in_a_new_order_each_epoch(run, cwd, monkeypatch)
     epochs = [tuple(seen[i : i + 5]) for i in range(0, 20, 5)]
     assert all(sorted(epoch) == [1, 2, 3, 4, 5] for epoch in epochs) and len(set(epochs)) > 1
     assert rates[2:] == pytest.approx([0.001 * step for step in range(1, 5) for _ in range(2)])
-
-
-def test_the_next_traces_are_written_while_a_gpu_computes(run, monkeypatch):
-    """Between the last backward pass and the first number that is read back."""
-    order = []
-    for name in ("add_gradients", "trace_example", "update_model"):
-        follow(monkeypatch, name, lambda _, name=name: order.append(name))
-    assert run("sft", "--steps 2 --batch_size 1 --eval_problems 0").code == 0
-    assert order[2:] == ["add_gradients", "trace_example", "update_model"] * 2
