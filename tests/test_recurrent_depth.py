@@ -180,8 +180,8 @@ def test_eq8_stream_equals_a_naive_cache(exit_kl):
             assert steps.item() == taken[row, t]
 
 
-def test_eq7_loss_and_the_correlation_of_states():
-    """A sum over the labels there are, over num_labels; two equal states have correlation 1."""
+def test_eq7_loss():
+    """A sum over the labels there are, over num_labels."""
     model, tokens, states = make(1, 1, 1)
     logprobs = model.logits(model(tokens, 3, states)[0]).log_softmax(-1)
     best, labels = logprobs.max(-1)  # all labels are right
@@ -193,9 +193,6 @@ def test_eq7_loss_and_the_correlation_of_states():
         model.zero_grad(set_to_none=True)
         rd.depth_loss(model, tokens, labels, states, n, k, 6)[0].backward()
         assert (model.transformer.adapter.weight.grad is None) == (k == 0)
-    state = model(tokens, 3, states)[1].detach().numpy()
-    tables = [np.corrcoef(state[b]) for b in range(2)]  # 1 on the diagonal
-    assert seen["state_correlation"].item() == pytest.approx((np.sum(tables) - 8) / 24, abs=1e-5)
 
 
 def test_text(run, cwd):

@@ -281,27 +281,13 @@ def test_read_chat():
             rewards.read_chat(row)
 
 
-def completions(correct: list[int], tokens: int = 2) -> list[rewards.Completion]:
-    """Answers of `tokens` tokens; the layout of each is wrong."""
-    rows = []
-    for right in correct:
-        score = {"correct": bool(right), "format": 0.0}
-        row = ([1], [5] * tokens, [-0.5] * tokens, True, "wait", score, float(right))
-        rows.append(rewards.Completion(0, {}, *row))
-    return rows
-
-
-def test_metrics_of_a_batch_by_hand():
-    done = completions([1, 1, 0, 0, 1, 0, 0, 0])
-    found = rewards.describe_batch(done, 2, None)
-    expected = {"accuracy": 3 / 8, "reward": 3 / 8, "reward/format": 0, "completion_length": 2}
-    expected |= {"frac_all_right": 1 / 4, "frac_all_wrong": 2 / 4, "frac_reward_zero_std": 3 / 4}
-    assert found.items() >= (expected | {"tokens": 16, "clipped_ratio": 0}).items()
-
-
 def test_metrics_of_an_evaluation_by_hand():
     """Two problems x 4 answers: 3 and 1 right; the error is one of the problems' means."""
-    found = rewards.describe_evaluation(completions([1, 1, 1, 0, 0, 0, 0, 1]), 4, None)
+    done = []
+    for right in (1, 1, 1, 0, 0, 0, 0, 1):
+        score = {"correct": bool(right), "format": 0.0}
+        done.append(rewards.Completion(0, {}, [1], [5] * 2, [-0.5] * 2, True, "wait", score))
+    found = rewards.describe_evaluation(done, 4, None)
     expected = {"accuracy": 0.5, "accuracy_se": 0.25, "entropy": 0.5, "pass@1": 0.5}
     expected |= {"pass@2": (1 + 1 / 2) / 2, "pass@4": 1.0}
     found = {name: found[f"eval/{name}"] for name in expected}
