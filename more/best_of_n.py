@@ -1,21 +1,20 @@
 """Test-time compute: draw many answers and choose one, or search for it step by step
 (arXiv:2408.03314, 2502.06703; the code's models are Hugging Face's search-and-learn).
 
-One answer is rarely the best use of a budget of tokens. Of n answers the commonest may be right
-where a single one is not; a verifier that scores answers can point at one of them, weigh the
-votes, or, scoring steps, prune what goes wrong before it is written to its end.
+Of n answers the commonest may be right where a single one is not; a verifier that scores answers
+points at one, weighs the votes or, scoring steps, prunes what goes wrong.
 
     r_n  = last, min, prod or mean of the scores of the steps of answer n                  (1)
     best = argmax_n r_n                                          the first of equals       (2)
     vote = argmax_a sum_{n: a_n = a} w_n     w = 1: majority; w = r, positive: weighted    (3)
-    beam: n rows; each round every row writes a step; of all, the n/m with the highest r   (4)
-          stay; those that ended leave with their answer, of the others each goes on m times
+    beam: n rows; each round each writes a step; the n/m with the highest r stay; those    (4)
+          that ended leave with their answer, each of the others goes on m times
     dvts: n/m trees of m rows, each a beam of its own: diverse, as no tree wins them all   (5)
-    optimal: for each bin of difficulty the way with the best accuracy on other problems   (6)
-          among those that cost at most the budget
+    optimal: for each bin of difficulty the way that is best on other problems, within     (6)
+          a budget of tokens
 
-Tokens are counted as they were drawn, those of pruned rows too. An answer's likelihood needs no
-verifier. Bounds: rule, a look at the verdict (pass@n), and shuffled, another answer's likelihood.
+Tokens are counted as they were drawn, those of pruned rows too. Likelihood needs no verifier.
+Bounds: rule, a look at the verdict (pass@n), and shuffled, another answer's likelihood.
 
 Run
     python more/best_of_n.py  # two CPU cores, no network, minutes
@@ -26,8 +25,8 @@ Run
 Expect
     EXPECT
 
-Differs from the papers in: n/m rows stay whether they ended or not, so that a search has an end
-(search-and-learn refills the places of those that ended); unfinished answers have no vote.
+Differs from the papers in: n/m rows stay whether they ended or not, so that a search ends
+(search-and-learn fills the places of those that ended); what did not end has no vote.
 
 Legend: B rows, P prompts, T tokens, V vocabulary, C hidden size; the others as in grpo.py.
 """
@@ -43,7 +42,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from random import Random
 from typing import Literal, get_args
@@ -86,8 +85,8 @@ def option(default, help: str, least: float = 0):
 
 @dataclass
 class Config:
-    model: str = option("tiny-rl", "one of models/, a folder, or a name on the hub")
-    task: str = option("countdown", "multiplication, gsm8k, math, FILE.py:Class :knob=1")
+    model: str = option("tiny-rl", "one of models/, a folder, a hub name")
+    task: str = option("countdown", "gsm8k, math, FILE.py:Class :knob=1")
     data: str = option("", "JSONL file of the problems (gsm8k, math)")
     chat: bool = option(False, "use the model's chat template")
     max_new_tokens: int = option(0, "longest answer, 0: by size")
@@ -95,7 +94,7 @@ class Config:
     temperature: float = option(0.0, "of sampling, 0: by size")
     eval_problems: int = option(200, "held-out problems", 2)
     n: int = option(16, "answers to each, rows of a search", 2)
-    probe: int = option(8, "more answers, that only say how hard a problem is", 1)
+    probe: int = option(8, "more answers, to tell how hard it is", 1)
     save_every: int = option(40, "problems between checkpoints", 1)
     seed: int = option(0, "seed of problems and sampling")
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto: cuda if any")
@@ -105,7 +104,7 @@ class Config:
     width: int = option(4, "m of eq. 4 and 5", 1)
     score: Literal["likelihood", "model", "random"] = option("likelihood", "r of a search")
     reduce: Literal["last", "min", "prod", "mean"] = option("last", "eq. 1, of --verifier")
-    verifier: str = option("", "folder of a reward model (more/reward_model.py)")
+    verifier: str = option("", "checkpoint of reward_model.py")
 
 
 BY_SIZE = {  # below 10 M parameters, below 1 B, above
@@ -113,14 +112,14 @@ BY_SIZE = {  # below 10 M parameters, below 1 B, above
     "max_step_tokens": (48, 256, 512),
     "temperature": (1.0, 0.8, 0.8),
 }
-BINS = {"easy": 0.5, "medium": 0.1, "hard": 0.0}  # least share of right answers, absolute
-WAYS = {  # name: the score that picks an answer (eq. 2), or weighs its vote (eq. 3)
+BINS = {"easy": 0.5, "medium": 0.1, "hard": 0.0}  # least share of right answers
+WAYS = {  # the score that picks an answer (eq. 2), or is its vote (eq. 3)
     "majority": "one",
     "vote_likelihood": "likelihood",
     "vote_model": "model",
     "vote_shuffled": "shuffled",
-    "best_likelihood": "likelihood",  # of a token, exp(mean log p): indifferent to length
-    "best_sum": "sum",  # of all, log p: long answers have less
+    "best_likelihood": "likelihood",  # exp(mean log p) of a token
+    "best_sum": "sum",  # log p of all: long ones have less
     "best_shortest": "shortest",
     "best_model": "model",
     "best_shuffled": "shuffled",
@@ -133,12 +132,11 @@ BOUNDS = "best_rule", "best_shuffled", "vote_shuffled"
 
 
 def reduce_scores(scores: list[float], how: str) -> float:
-    """Eq. 1: one number for the scores of an answer's steps. NaN would win or lose unseen."""
-    if not scores or not all(map(math.isfinite, scores)):
-        raise ValueError(f"scores {scores}: at least one, all finite")
-    if how == "last":
-        return scores[-1]
-    return {"min": min, "prod": math.prod, "mean": mean}[how](scores)
+    """Eq. 1: one number for the scores of an answer's steps."""
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(f"scores {scores}")  # NaN would win or lose unseen
+    last = itemgetter(-1)
+    return {"last": last, "min": min, "prod": math.prod, "mean": mean}[how](scores)
 
 
 def best(scores: list[float]) -> int:
@@ -147,7 +145,7 @@ def best(scores: list[float]) -> int:
 
 
 def vote(answers: list[str | None], weights: list[float]) -> str | None:
-    """Eq. 3: the answer with the largest sum of weights, the first seen of equals; None is none.
+    """Eq. 3: the answer with the most weight, the first seen of equals; None is none.
 
     >>> vote(["7", "8", None, "7"], [0.2, 0.5, 9.0, 0.2])
     '8'
@@ -160,7 +158,7 @@ def vote(answers: list[str | None], weights: list[float]) -> str | None:
 
 
 def canonical(answer: str | None) -> str | None:
-    """Equal texts for equal answers: a number by its value, else without spaces.
+    """Equal texts of equal answers: a number's value, or no spaces.
 
     >>> canonical("$1,080.50"), canonical("2 * (3 + 4)")
     ('2161/2', '2*(3+4)')
@@ -171,86 +169,54 @@ def canonical(answer: str | None) -> str | None:
     return "".join(answer.split()) if value is None else str(value)
 
 
-def chosen(answers: list[dict], way: str) -> int | None:
-    """The number of the answer that a way of WAYS takes; None: it takes none."""
+def outcome(answers: list[dict], way: str) -> float:
+    """1 if the answer that a way of WAYS takes is right, else 0."""
     scores = [answer["score"][WAYS[way]] for answer in answers]
-    if way.startswith("best"):
-        return best(scores)
-    texts = [answer["answer"] for answer in answers]
-    found = vote(texts, scores)
-    return None if found is None else texts.index(found)
-
-
-def auc_within(groups: list[tuple[list[float], list[bool]]]) -> float:
-    """Mean of eq. 7 over problems (scores, verdicts) with right and wrong answers.
-
-    >>> auc_within([([2.0, 1.0, 1.0], [True, True, False]), ([0.0], [True])])
-    0.75
-    """
-    found = []
-    for scores, right in groups:
-        answers = list(zip(scores, right, strict=True))
-        good = [r for r, is_right in answers if is_right]
-        bad = [r for r, is_right in answers if not is_right]
-        if good and bad:
-            found.append(mean((x > y) + (x == y) / 2 for x in good for y in bad))
-    return mean(found)
+    texts, number = [answer["answer"] for answer in answers], best(scores)
+    if not way.startswith("best"):
+        found = vote(texts, scores)
+        number = texts.index(found)  # None: nobody votes, and the first is no answer
+    return answers[number]["score"]["rule"]
 
 
 # ---- the verifier
 
 
-def step_hidden(model: "Model", rows: list[list[int]], ends: list[list[int]]) -> Tensor:
-    """h of eq. 1, (E, C), at the tokens `ends` of B rows of ids."""
-    hidden = model(pad_rows(rows, model.lm_head.weight.device, torch.long))  # (B, T, C)
-    chosen = torch.cat([hidden[i, at] for i, at in enumerate(ends)])
-    return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-
-
 class Verifier:
-    """Scores of answers, whole or not: their likelihood, or what a reward model says."""
+    """Scores of answers, whole or not: likelihood, or a reward model's."""
 
     def __init__(self, run: "Run", model: "Model", prompter: "Prompter"):
         self.cfg, self.prompter, self.model, self.by_step = run.cfg, prompter, None, False
-        line = "\n" if model.is_tiny else "\n\n"
-        size, self.eos = model.config["vocab_size"], model.eos_ids
-        self.delimiters = {i for i in range(size) if line in prompter.decode([i])}
-        if run.cfg.verifier:
-            self.load(run, model)
-
-    def load(self, run, model):
-        """A folder of reward_model.py: the model, and the head that reads a score from it."""
-        self.model = load_model(resolve_model(self.cfg.verifier), run.device).to(run.dtype)
-        self.model.requires_grad_(False)
+        line, size = "\n" if model.is_tiny else "\n\n", model.config["vocab_size"]
+        self.delimiters = [i for i in range(size) if line in prompter.decode([i])]
+        if not run.cfg.verifier:
+            return
+        folder = resolve_model(run.cfg.verifier)
+        self.model = load_model(folder, run.device).to(run.dtype)
         if self.model.tokenizer.get_vocab() != model.tokenizer.get_vocab():
-            raise BadInput(f"--verifier {self.cfg.verifier} has another tokenizer than --model")
-        path = self.model.folder / "value_head.safetensors"
+            raise BadInput(f"--verifier {folder} has another tokenizer")
+        path = folder / "value_head.safetensors"  # by reward_model.py
         with reading(path):
             tensors, about = load_file(path), read_json(path.with_suffix(".json"))
             self.head = nn.Linear(self.model.config["hidden_size"], 1).to(run.device)
-            names = {"weight": "summary.weight", "bias": "summary.bias"}
-            self.head.load_state_dict({name: tensors[names[name]] for name in names})
+            tensors = {name.removeprefix("summary."): x for name, x in tensors.items()}
+            self.head.load_state_dict(tensors)
         self.by_step = about["kind"] == "process"
-        if self.cfg.reduce != "last" and not self.by_step:
-            raise BadInput(f"--reduce {self.cfg.reduce}: {self.cfg.verifier} scores no steps")
-
-    def step_ends(self, tokens: list[int]) -> list[int]:
-        """Where scores are read: after each step if they are of steps, and at the last token."""
-        ends = [i for i, token in enumerate(tokens[:-1]) if token in self.delimiters]
-        return [*ends, len(tokens) - 1] if self.by_step else [len(tokens) - 1]
+        if run.cfg.reduce != "last" and not self.by_step:
+            raise BadInput(f"--reduce {run.cfg.reduce}: {folder} does not score steps")
 
     @torch.inference_mode()
     def rate(self, rows: list[tuple[list[int], list[int]]]) -> list[float]:
-        """r of each answer (prompt, tokens) by the reward model, as a probability."""
+        """r of each (prompt, tokens) by the reward model, 0 to 1."""
         scores = [0.0] * len(rows)
         for batch in micro_batches([len(x) + len(y) for x, y in rows], 4096):
-            texts, ends = [], []
-            for i in batch:
-                asked, tokens = rows[i]
-                texts.append(asked + tokens)
-                ends.append([len(asked) + end for end in self.step_ends(tokens)])
-            found = self.head(step_hidden(self.model, texts, ends))[:, 0].sigmoid()
-            for i, steps in zip(batch, found.split([len(e) for e in ends]), strict=True):
+            texts = [rows[i][0] + rows[i][1] for i in batch]
+            hidden = self.model(pad_rows(texts, self.head.weight.device, torch.long))  # (B, T, C)
+            for k, i in enumerate(batch):
+                text, last = texts[k], len(texts[k]) - 1
+                ends = [at for at in range(len(rows[i][0]), last) if text[at] in self.delimiters]
+                ends = [*ends, last] if self.by_step else [last]
+                steps = self.head(hidden[k, ends].float())[:, 0].sigmoid()
                 scores[i] = reduce_scores(steps.tolist(), self.cfg.reduce)
         return scores
 
@@ -270,233 +236,180 @@ class Verifier:
                 score["model"] = r
         return found
 
-    def answers(self, group: list[Completion]) -> list[dict]:
-        """What is kept of the answers to a problem; what did not end has no vote."""
-        rows = []
-        for c, score in zip(group, self.scores(group), strict=True):
-            answer = canonical(c.score["answer"]) if c.finished else None
-            row = {"right": bool(c.score["correct"]), "answer": answer, "score": score}
-            rows.append(row | {"tokens": len(c.tokens), "finished": c.finished})
-        return rows
+    def rate_steps(self, rows: list[Completion]) -> list[float]:
+        """r of the rows of a search by --score, from what they have written so far."""
+        if self.cfg.score == "model":
+            return self.rate([(row.prompt, row.tokens) for row in rows])
+        if self.cfg.score == "random":
+            keys = [f"{self.cfg.seed} {row.number} {row.tokens}" for row in rows]
+            return [Random(key).random() for key in keys]
+        return [math.exp(mean(row.logprobs)) for row in rows]
 
 
 # ---- search
 
 
-@dataclass
-class Branch:
-    """A row of a search."""
+def write_steps(s: "Decoding", delimiters: Tensor, longest: int, began: Tensor) -> None:
+    """Each live row writes a step: from `began` (B,) tokens to a delimiter, end or limit.
 
-    tree: tuple[int, int]  # problem, tree
-    slot: int  # of its random numbers
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    score: float = 0.0
-    finished: bool = False
-
-    def over(self, limit: int) -> bool:
-        return self.finished or len(self.tokens) >= limit
-
-
-class Frontier:
-    """All rows of a search, with their cache: a row that goes on m times is copied, not read."""
-
-    def __init__(self, model: "Model", prompts: list[list[int]], cfg):
-        device = model.lm_head.weight.device
-        self.model, self.cfg, self.drawn = model, cfg, [0] * len(prompts)
-        ids, ends = pad_rows(prompts, device, torch.long), [len(ids) for ids in prompts]
-        self.cache = Cache(model, len(ids), ids.shape[1] + cfg.max_new_tokens + 1)
-        self.cache.width = ids.shape[1]
-        last = torch.tensor(ends, device=device) - 1
-        hidden = model(ids, self.cache)[torch.arange(len(ids), device=device), last]  # (P, C)
-        self.cache.lengths.copy_(last + 1)  # the padding is forgotten
-        self.logits = model.logits(hidden, cfg.temperature)  # (P, V), of the next tokens
-        self.branches: list[Branch] = []
-        self.uniforms: dict[tuple, np.ndarray] = {}
-
-    def select(self, rows: list[int], branches: list[Branch]) -> None:
-        """Go on as `branches`, each from the text of one of the rows."""
-        places = torch.tensor(rows, dtype=torch.long, device=self.logits.device)
-        self.cache.select(places)
-        self.logits, self.branches = self.logits[places], branches
-
-    def uniform(self, number: int, branch: Branch) -> float:
-        """A branch's next random number, as the shared sampler would have it for a sample."""
-        key = number, branch.slot
-        if key not in self.uniforms:
-            self.uniforms[key] = row_uniforms(self.cfg.seed, 0, *key, self.cfg.max_new_tokens)
-        return self.uniforms[key][len(branch.tokens)]
-
-    def grow(self, numbers: list[int], delimiters: set[int]) -> None:
-        """A step for every row: up to a delimiter, an end, or a limit."""
-        device, eos, limit = self.logits.device, set(self.model.eos_ids), self.cfg.max_new_tokens
-        writing = torch.ones(len(self.branches), dtype=torch.bool, device=device)
-        for _ in range(min(limit, self.cfg.max_step_tokens)):
-            probs = self.logits.softmax(-1)
-            u = np.zeros((len(self.branches), 1), np.float32)
-            for i in writing.nonzero()[:, 0].tolist():
-                branch = self.branches[i]
-                u[i] = self.uniform(numbers[branch.tree[0]], branch)
-            tokens = draw(probs, torch.tensor(u).to(probs))  # (B, 1)
-            logprobs = probs.gather(1, tokens).log()[:, 0].tolist()
-            for i in writing.nonzero()[:, 0].tolist():
-                branch, token = self.branches[i], int(tokens[i])
-                branch.tokens.append(token)
-                branch.logprobs.append(logprobs[i])
-                branch.finished = token in eos
-                self.drawn[branch.tree[0]] += 1
-            # a row that waits writes where its next token will be written over it
-            lengths = self.cache.lengths.clone()
-            self.cache.width = int(lengths.max()) + 1
-            hidden = self.model(tokens, self.cache)[:, 0]  # (B, C)
-            logits = self.model.logits(hidden, self.cfg.temperature)
-            self.cache.lengths.copy_(lengths + writing)
-            self.logits = torch.where(writing[:, None], logits, self.logits)
-            over = [b.tokens[-1] in delimiters or b.over(limit) for b in self.branches]
-            writing &= ~torch.tensor(over, device=device)
-            if not writing.any():
-                break
+    A row that waits runs along; what it drew is taken back, to be drawn again. The last
+    column of tokens is for that.
+    """
+    limit = s.tokens.shape[1] - 1
+    while True:
+        stepped = (s.last == delimiters).any(-1) & (s.count > began)
+        waits = s.finished[s.rows] | stepped | (s.count >= limit) | (s.count >= began + longest)
+        if waits.all():
+            return
+        last, finished = s.last.clone(), s.finished.clone()
+        s.cache.width = int(s.cache.lengths.max()) + 1
+        s.step()
+        s.count[waits] -= 1
+        s.cache.lengths[waits] -= 1
+        s.last[waits] = last[waits]
+        s.finished[s.rows[waits]] = finished[s.rows[waits]]
 
 
-def survivors(branches: list[Branch], places: dict[tuple, int]) -> list[int]:
-    """Eq. 4 and 5: of each tree the best rows, as many as it has places, in their order."""
-    trees: dict[tuple, list[int]] = {}
-    for i, branch in enumerate(branches):
-        trees.setdefault(branch.tree, []).append(i)
+def survivors(scores: list[float], trees: list[int], places: list[int]) -> list[int]:
+    """Eq. 4, 5: the best rows of each tree, as many as it has places."""
     kept = []
-    for tree, rows in trees.items():
-        ranked = sorted(rows, key=lambda i: -branches[i].score)  # stable: the first of equals
-        kept += ranked[: places[tree]]
+    for tree in dict.fromkeys(trees):
+        rows = [i for i, other in enumerate(trees) if other == tree]
+        rows.sort(key=scores.__getitem__, reverse=True)  # stable: the first of equals
+        kept += rows[: places[tree]]
     return sorted(kept)
 
 
-def copies(kept: list[int], branches: list[Branch], size: int, width: int) -> tuple[list, list]:
-    """Each kept row m times: the rows to copy and the branches that they become.
+def go_on(s: "Decoding", kept: list[int], size: int, width: int) -> None:
+    """Copy each kept row, with its cache, to m places of its tree: its own and free ones.
 
-    One goes on with the random numbers of its row, the others take those that are free.
+    A place has its random numbers: copies go different ways.
     """
-    taken = {(branches[i].tree, branches[i].slot) for i in kept}
-    rows, grown = [], []
+    slots = s.rows.tolist()
+    pairs, taken = [(slots[i], i) for i in kept], {slots[i] for i in kept}
     for i in kept:
-        tree, slot = branches[i].tree, branches[i].slot
-        first = tree[1] * size
-        free = [s for s in range(first, first + size) if (tree, s) not in taken]
-        for s in [slot, *free[: width - 1]]:
-            branch = copy.deepcopy(branches[i])
-            branch.slot = s
-            taken.add((tree, s))
-            rows.append(i)
-            grown.append(branch)
-    return rows, grown
+        first = slots[i] // size * size
+        free = [slot for slot in range(first, first + size) if slot not in taken]
+        pairs += [(slot, i) for slot in free[: width - 1]]
+        taken.update(free[: width - 1])
+    pairs = torch.tensor(sorted(pairs), dtype=torch.long, device=s.rows.device)
+    places, rows = pairs.view(-1, 2).T
+    s.tokens[places], s.logprobs[places] = s.tokens[s.rows[rows]], s.logprobs[s.rows[rows]]
+    s.finished[places] = False
+    s.rows, s.last, s.count = places, s.last[rows], s.count[rows]
+    s.cache.select(rows)
 
 
-def rate_branches(verifier: Verifier, branches: list[Branch], prompts: list, seed: str) -> None:
-    """Score every row by what it has written so far."""
-    scores = [math.exp(mean(branch.logprobs)) for branch in branches]
-    if verifier.cfg.score == "model":
-        scores = verifier.rate([(prompts[b.tree[0]], b.tokens) for b in branches])
-    for branch, score in zip(branches, scores, strict=True):
-        branch.score = score
-        if verifier.cfg.score == "random":
-            branch.score = Random(f"{seed} {branch.tree} {branch.slot}").random()
+def read_rows(s: "Decoding", asked: list[tuple], prompter: "Prompter", n: int) -> list[Completion]:
+    """What the live rows have written; asked: (number, problem, prompt)."""
+    rows = []
+    for slot, count in zip(s.rows.tolist(), s.count.tolist(), strict=True):
+        tokens, finished = s.tokens[slot, :count].tolist(), bool(s.finished[slot])
+        text = prompter.decode(tokens[:-1] if finished else tokens)
+        finished |= any(word in text for word in prompter.stops)
+        logprobs = s.logprobs[slot, :count].tolist()
+        rows.append(Completion(*asked[slot // n], tokens, logprobs, finished, text, {}))
+    return rows
 
 
 @torch.inference_mode()
 def search(model: "Model", verifier: Verifier, problems: list[tuple], method: str) -> list[dict]:
-    """Eq. 4 or 5 for (number, problem) at once; for each what came of it and its cost."""
+    """Eq. 4 or 5 for some (number, problem); what came of each."""
     cfg, prompter, limit = verifier.cfg, verifier.prompter, verifier.cfg.max_new_tokens
-    size = cfg.n if method == "beam" else cfg.width
-    prompts = [prompter.encode(prompter.text(problem)) for _, problem in problems]
-    numbers, ended = [number for number, _ in problems], [[] for _ in problems]
-    frontier, rounds = Frontier(model, prompts, cfg), 0
-    pairs = [(p, i) for p in range(len(problems)) for i in range(cfg.n)]
-    frontier.select([p for p, _ in pairs], [Branch((p, i // size), i) for p, i in pairs])
-    places = {branch.tree: size // cfg.width for branch in frontier.branches}
-    while frontier.branches:
-        frontier.grow(numbers, verifier.delimiters)
-        for branch in frontier.branches:
-            text = prompter.decode(branch.tokens)
-            branch.finished |= any(word in text for word in prompter.stops)
-        rate_branches(verifier, frontier.branches, prompts, f"{cfg.seed} {numbers} {rounds}")
-        kept, rounds = survivors(frontier.branches, places), rounds + 1
-        for i, branch in enumerate(frontier.branches):
-            if branch.over(limit):
-                ended[branch.tree[0]].append(branch)
-                places[branch.tree] -= i in kept  # its place is not filled again
-        kept = [i for i in kept if not frontier.branches[i].over(limit)]
-        frontier.select(*copies(kept, frontier.branches, size, cfg.width))
-    return [
-        describe_search(verifier, problem, rows, drawn)
-        for (_, problem), rows, drawn in zip(problems, ended, frontier.drawn, strict=True)
-    ]
+    size = cfg.n if method == "beam" else cfg.width  # rows of a tree
+    asked = [(i, problem, prompter.encode(prompter.text(problem))) for i, problem in problems]
+    pairs = [(i, slot) for i, _ in problems for slot in range(cfg.n)]
+    u = np.stack([row_uniforms(cfg.seed, 0, *pair, limit + 1) for pair in pairs])
+    s = Decoding(model, [ids for *_, ids in asked], torch.tensor(u), cfg.temperature)
+    s.count = s.count.repeat(len(pairs))  # of each row
+    delimiters = torch.tensor(verifier.delimiters, device=s.rows.device)
+    places, began = [size // cfg.width] * (len(pairs) // size), torch.zeros_like(s.count)
+    ended, drawn = [[] for _ in problems], [0] * len(problems)
+    while len(s.rows):
+        write_steps(s, delimiters, cfg.max_step_tokens, began)
+        slots, rows = s.rows.tolist(), read_rows(s, asked, prompter, cfg.n)
+        for slot, new in zip(slots, (s.count - began).tolist(), strict=True):
+            drawn[slot // cfg.n] += new  # of rows that are pruned, too
+        scores = verifier.rate_steps(rows)
+        kept = survivors(scores, [slot // size for slot in slots], places)
+        over = [row.finished or len(row.tokens) >= limit for row in rows]
+        for i in [i for i in range(len(rows)) if over[i]]:
+            ended[slots[i] // cfg.n].append((rows[i], scores[i]))
+            places[slots[i] // size] -= i in kept  # so that a search ends
+        go_on(s, [i for i in kept if not over[i]], size, cfg.width)
+        began = s.count.clone()
+    both = zip(ended, drawn, strict=True)
+    return [describe_search(prompter.task, *one) for one in both]
 
 
-def describe_search(verifier: Verifier, problem: dict, rows: list[Branch], drawn: int) -> dict:
-    """The best answer and a weighted vote of those that ended; what did not end is none."""
-    answers, rights, scores = [], [], []
-    for row in rows:
-        if row.finished:
-            text = verifier.prompter.decode([i for i in row.tokens if i not in verifier.eos])
-            score = verifier.prompter.task.score(text, problem)
-            answers.append(canonical(score["answer"]))
-            rights.append(bool(score["correct"]))
-            scores.append(row.score)
-    record = {"tokens": drawn, "answers": len(answers), "best": False, "vote": False}
-    if answers:
-        record["best"] = rights[best(scores)]
-        record["vote"] = rights[answers.index(vote(answers, scores))]
+def describe_search(task, ended: list[tuple], drawn: int) -> dict:
+    """The best of (row, score) and a weighted vote, of those that ended."""
+    rows = []
+    for row, r in ended:
+        score = task.score(row.text, row.problem)
+        scores = {"likelihood": r, "rule": float(score["correct"])}
+        rows += [{"answer": canonical(score["answer"]), "score": scores}] * row.finished
+    record = {"tokens": drawn, "answers": len(rows)}
+    for name in ("best", "vote"):
+        record[name] = outcome(rows, f"{name}_likelihood") if rows else 0.0
     return record
 
 
 # ---- the comparison
 
 
-def outcomes(record: dict, n: int) -> dict[str, tuple[float, float]]:
-    """Accuracy and tokens of each way on a problem, {way@N: (accuracy, tokens)}, N = 1, 2, 4 .. n.
+def keep_answers(verifier: Verifier, group: list[Completion]) -> list[dict]:
+    """The records of answers; what did not end has no vote."""
+    rows = []
+    for c, score in zip(group, verifier.scores(group), strict=True):
+        answer = canonical(c.score["answer"]) if c.finished else None
+        row = {"tokens": len(c.tokens), "finished": c.finished}
+        rows.append(row | {"answer": answer, "score": score})
+    return rows
 
-    Of N answers there are n/N sets, and each counts.
+
+def outcomes(record: dict, n: int) -> dict[str, tuple[float, float]]:
+    """Of each way on a problem, {way@N: (accuracy, tokens)}, N = 1, 2, 4 .. n.
+
+    There are n/N sets of N answers, and each counts.
     """
     answers, found = record["answers"], {}
     spent = mean(answer["tokens"] for answer in answers)
     for way in [way for way, name in WAYS.items() if name in answers[0]["score"]]:
         for size in [2**power for power in range(n.bit_length())]:
-            rights = []
-            for group in in_groups(answers, size)[: n // size]:
-                number = chosen(group, way)
-                rights.append(number is not None and group[number]["right"])
-            found[f"{way}@{size}"] = mean(rights), size * spent
+            groups = in_groups(answers, size)[: n // size]
+            found[f"{way}@{size}"] = mean(outcome(x, way) for x in groups), size * spent
     for method in [name for name in ("beam", "dvts") if name in record]:
         for name in ("best", "vote"):
-            found[f"{method}_{name}@{n}"] = record[method][name], record[method]["tokens"]
+            spent = record[method]["tokens"]
+            found[f"{method}_{name}@{n}"] = record[method][name], spent
     return found
 
 
-def bin_of(share: float) -> str:
-    """The difficulty of a problem by a share of right answers, drawn for this alone."""
-    return next(name for name, least in BINS.items() if share >= least)
-
-
 def optimal(dev: list[tuple], test: list[tuple], budget: float) -> tuple[float, float]:
-    """Eq. 6 on problems (bin, outcomes): accuracy on `test` of the best way of each bin of `dev`.
+    """Eq. 6: accuracy on `test`, (bin, outcomes) each, of the best way of each bin of `dev`.
 
-    And of the one way that is best in all of `dev`, which the choice by bin has to beat.
+    And of the one way that is best in all of `dev`, which has to be beaten.
     """
     ways = [way for way in dev[0][1] if not way.startswith(BOUNDS)]
     ways = [way for way in ways if mean(row[way][1] for _, row in dev) <= budget]
 
     def best_way(bins):
         rows = [row for name, row in dev if name in bins]
-        return ways[best([mean(row[way][0] for row in rows) for way in ways])] if rows else None
+        return ways[best([mean(row[way][0] for row in rows) for way in ways])]
 
     single = best_way(BINS)
-    plan = {name: best_way([name]) or single for name in BINS}
-    each = mean(row[plan[name]][0] for name, row in test)
+    plan = {name: best_way([name]) for name in {name for name, _ in dev}}
+    each = mean(row[plan.get(name, single)][0] for name, row in test)
     return each, mean(row[single][0] for _, row in test)
 
 
 def compare_ways(records: list[dict], n: int) -> dict[str, float]:
-    """Accuracy and tokens of each way, in all and in each bin; eq. 6; AUC of each score."""
-    rows = [(bin_of(record["share"]), outcomes(record, n)) for record in records]
+    """Accuracy and tokens of each way, in all and in each bin; eq. 6."""
+    rows = []
+    for record in records:  # a bin is told by answers drawn for this alone
+        name = next(name for name, least in BINS.items() if record["share"] >= least)
+        rows.append((name, outcomes(record, n)))
     metrics = {f"eval/problems/{name}": sum(x == name for x, _ in rows) for name in BINS}
     for way in rows[0][1]:
         metrics[f"eval/accuracy/{way}"] = mean(row[way][0] for _, row in rows)
@@ -505,17 +418,10 @@ def compare_ways(records: list[dict], n: int) -> dict[str, float]:
             some = [row[way][0] for found, row in rows if found == name]
             metrics[f"eval/accuracy/{way}/{name}"] = mean(some)
     for size in [2**power for power in range(n.bit_length())]:
-        if len(rows) > 1:  # half of the problems decide for the others
+        if len(rows) > 1:  # half of them decide for the others
             budget = mean(row[f"majority@{size}"][1] for _, row in rows[::2])
             both = optimal(rows[::2], rows[1::2], budget)
             metrics[f"eval/optimal@{size}"], metrics[f"eval/single@{size}"] = both
-    for score in records[0]["answers"][0]["score"]:
-        for kind in ("auc", "auc_finished"):  # what did not end is wrong, and easily seen to be
-            groups = []
-            for record in records:
-                some = [a for a in record["answers"] if a["finished"] or kind == "auc"]
-                groups.append(([a["score"][score] for a in some], [a["right"] for a in some]))
-            metrics[f"eval/{kind}/{score}"] = auc_within(groups)
     for part in records[0]["seconds"]:
         metrics[f"eval/seconds/{part}"] = mean(record["seconds"][part] for record in records)
     return metrics
@@ -523,10 +429,8 @@ def compare_ways(records: list[dict], n: int) -> dict[str, float]:
 
 def check_flags(cfg: Config) -> None:
     if cfg.n % cfg.width and cfg.search != "none":
-        more = (cfg.n // cfg.width + 1) * cfg.width
-        raise BadInput(f"--n {cfg.n} is no multiple of --width {cfg.width}: try {more}")
-    wants = cfg.score == "model" or cfg.reduce != "last"
-    if wants and not cfg.verifier:
+        raise BadInput(f"--n {cfg.n} is no multiple of --width {cfg.width}")
+    if not cfg.verifier and (cfg.score == "model" or cfg.reduce != "last"):
         raise BadInput("--score model and --reduce need --verifier FOLDER")
 
 
@@ -539,9 +443,9 @@ def solve(cfg: Config, kind: type = Verifier) -> int:
     prompter = Prompter(model, task, cfg.chat)
     verifier = kind(run, model, prompter)
     problems = list(enumerate(heldout(task, cfg.eval_problems, cfg.seed)))
+    methods = [name for name in ("beam", "dvts") if cfg.search in (name, "both")]
     cfg.steps, size = len(problems), cfg.n + cfg.probe  # steps: what run.log counts
-    state = run.start(model, None, prompter)
-    records = state.get("records", [])
+    records = run.start(model, None, prompter).get("records", [])
     while len(records) < len(problems):
         some = problems[len(records) : len(records) + cfg.save_every]
         clock = [time.process_time()]
@@ -550,19 +454,16 @@ def solve(cfg: Config, kind: type = Verifier) -> int:
         groups, found = in_groups(done, size), []
         for group in groups:
             share = mean(c.score["correct"] for c in group[cfg.n :])
-            found.append({"share": share, "answers": verifier.answers(group[: cfg.n])})
+            found.append({"share": share, "answers": keep_answers(verifier, group[: cfg.n])})
         clock.append(time.process_time())
-        parts = ["sample", "score"]
-        for method in ("beam", "dvts"):
-            if cfg.search in (method, "both"):
-                ways = run.spread(search, model, verifier, some, method)
-                for record, outcome in zip(found, ways, strict=True):
-                    record[method] = outcome
-                clock.append(time.process_time())
-                parts.append(method)
+        for method in methods:
+            ways = run.spread(model, verifier, some, method)
+            for record, outcome in zip(found, ways, strict=True):
+                record[method] = outcome
+            clock.append(time.process_time())
+        spent = [(b - a) / len(found) for a, b in zip(clock, clock[1:], strict=False)]
         for record in found:
-            ends = zip(parts, clock, clock[1:], strict=False)
-            record["seconds"] = {part: (b - a) / len(found) for part, a, b in ends}
+            record["seconds"] = dict(zip(["sample", "score", *methods], spent, strict=True))
         records += found
         run.save(records)
         shown = [f"eval/accuracy/{way}@{cfg.n}" for way in ("majority", "best_rule")]
@@ -1237,11 +1138,8 @@ def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
 # <<< shared: config
 
 
-# ---- records
-
-
 class Answers(Run):
-    """A run that keeps what it knows of its answers where others keep weights."""
+    """A run that keeps records where others keep weights."""
 
     def resume(self, model, optimizer):
         with reading(f"checkpoint of {self.folder}"):
@@ -1259,8 +1157,8 @@ class Answers(Run):
             for old in checkpoints(self.folder)[:-1]:
                 shutil.rmtree(old)
 
-    def spread(self, search, model, verifier, problems, method):
-        """Search for all problems, each rank for its share; the outcomes in their order."""
+    def spread(self, model, verifier, problems, method):
+        """Search, each rank for its share of the problems; outcomes in order."""
         cfg, found = self.cfg, {}
         at_once = rows_at_once(model, 256 + cfg.max_new_tokens) // cfg.n or 1
         for part in in_groups(problems[self.rank :: self.world], at_once):
@@ -1270,19 +1168,19 @@ class Answers(Run):
         return [ranks[i % self.world][n] for i, (n, _) in enumerate(problems)]
 
     def report(self, metrics):
-        """Print accuracy against tokens, a line for each way; the exit code."""
+        """Print tokens and accuracy of each way; the exit code."""
         if self.signal:
             return super().report(None, None)
-        heads = ["tokens", "all", *BINS]
-        self.say(f"{self.folder}\n{'':20}" + "".join(f"{head:>8}" for head in heads))
-        for name, spent in metrics.items():
-            if name.startswith("eval/tokens/"):
-                way = name.removeprefix("eval/tokens/")
-                bins = [metrics[f"eval/accuracy/{way}/{bin}"] for bin in BINS]
+        heads = "".join(f"{head:>8}" for head in ("tokens", "all", *BINS))
+        self.say(f"{self.folder}\n{'':20}{heads}")
+        for key, spent in metrics.items():
+            if key.startswith("eval/tokens/"):
+                way = key.removeprefix("eval/tokens/")
+                bins = [metrics[f"eval/accuracy/{way}/{name}"] for name in BINS]
                 values = [metrics[f"eval/accuracy/{way}"], *bins]
                 self.say(f"{way:20}{spent:8.0f}" + "".join(f"{value:8.3f}" for value in values))
-            elif not name.startswith("eval/accuracy/"):
-                self.say(f"{name:32}{metrics[name]:8.3f}")
+            elif not key.startswith("eval/accuracy/"):
+                self.say(f"{key:28}{metrics[key]:8.3f}")
         return 0
 
 
