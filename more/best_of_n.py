@@ -169,7 +169,7 @@ def canonical(answer: str | None) -> str | None:
     return "".join(answer.split()) if value is None else str(value)
 
 
-def outcome(answers: list[dict], way: str) -> float:
+def is_right(answers: list[dict], way: str) -> float:
     """1 if the answer that a way of WAYS takes is right, else 0."""
     scores = [answer["score"][WAYS[way]] for answer in answers]
     texts, number = [answer["answer"] for answer in answers], best(scores)
@@ -351,7 +351,7 @@ def describe_search(task, ended: list[tuple], drawn: int) -> dict:
         rows += [{"answer": canonical(score["answer"]), "score": scores}] * row.finished
     record = {"tokens": drawn, "answers": len(rows)}
     for name in ("best", "vote"):
-        record[name] = outcome(rows, f"{name}_likelihood") if rows else 0.0
+        record[name] = is_right(rows, f"{name}_likelihood") if rows else 0.0
     return record
 
 
@@ -378,7 +378,7 @@ def outcomes(record: dict, n: int) -> dict[str, tuple[float, float]]:
     for way in [way for way, name in WAYS.items() if name in answers[0]["score"]]:
         for size in [2**power for power in range(n.bit_length())]:
             groups = in_groups(answers, size)[: n // size]
-            found[f"{way}@{size}"] = mean(outcome(x, way) for x in groups), size * spent
+            found[f"{way}@{size}"] = mean(is_right(x, way) for x in groups), size * spent
     for method in [name for name in ("beam", "dvts") if name in record]:
         for name in ("best", "vote"):
             spent = record[method]["tokens"]
@@ -437,7 +437,7 @@ def check_flags(cfg: Config) -> None:
 def solve(cfg: Config, kind: type = Verifier) -> int:
     """Some problems after the other: sample, score, search. Then compare."""
     check_flags(cfg)
-    run = Answers(cfg)  # see the end
+    run = Selection(cfg)  # see the end
     model = run.load(BY_SIZE)[1]
     task = make_task(cfg.task, cfg.data, natural=not model.is_tiny)
     prompter = Prompter(model, task, cfg.chat)
@@ -1138,7 +1138,7 @@ def main(train: Callable, config: type, argv: list[str] | None = None) -> int:
 # <<< shared: config
 
 
-class Answers(Run):
+class Selection(Run):
     """A run that keeps records where others keep weights."""
 
     def resume(self, model, optimizer):
