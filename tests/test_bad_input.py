@@ -61,6 +61,11 @@ OWN = {  # for the script before the flags
     "budget_forcing --waits 1,,2": "--waits 1,,2: ",
     "budget_forcing --max_new_tokens 12": "--max_new_tokens 12: no answer fits after 12",
     "specreason --draft=": "name its --draft",
+    "more.best_of_n --n 10 --width 4": "--n 10 is no multiple of --width 4",
+    "more.best_of_n --score model": "--verifier FOLDER",
+    "more.best_of_n --reduce min": "--verifier FOLDER",
+    "more.best_of_n --verifier {given}/plain": "{given}/plain has another tokenizer",
+    "more.best_of_n --verifier {small}": "{small}/value_head.safetensors",
     "specreason --draft {given}/plain": "--draft {given}/plain has another tokenizer",
     "more.dpo --label_smoothing 0.5": "--label_smoothing 0.5: below 0.5",
     "more.dpo --label_smoothing 0.1 --loss ipo": "--label_smoothing does nothing with --loss ipo",
@@ -192,6 +197,7 @@ BROKEN = [
     ("grpo", "metrics.jsonl", b'{}\n{"step": 1}\n'),  # with lines after it: no kill leaves that
     ("budget_forcing", "step-000005/records.json", b'{"records": 3}'),
     ("specreason", "step-000002/records.json", b""),
+    ("more.best_of_n", "step-000002/records.json", b"[]"),
 ]
 
 
