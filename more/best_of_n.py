@@ -23,7 +23,10 @@ Run
     python more/best_of_n.py --model Qwen2.5-1.5B --task gsm8k --data FILE  # one GPU
 
 Expect
-    EXPECT
+    Seeds 0, 1, 2, the first 50 problems: one answer 0.683;
+    of 16 the commonest 0.973, a vote weighted by likelihood
+    0.993 (the ceiling), the likeliest 0.880, a random one 0.627.
+    0.8 CPU seconds a problem, most of it sampling.
 
 Differs from the papers in: n/m rows stay whether they ended or not, so that a search ends
 (search-and-learn fills the places of those that ended); what did not end has no vote.
