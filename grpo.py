@@ -211,8 +211,8 @@ def limit_at(step: int, schedule: str, default: int) -> int:
 
 
 def reward_of(c: Completion, cfg: Config, limit: int) -> float:
-    """The verifier's word and optional terms."""
-    reward = c.score["correct"] + cfg.format_weight * c.score["format"]
+    """The task's own reward, else the verifier's word, and optional terms."""
+    reward = c.score.get("reward", c.score["correct"]) + cfg.format_weight * c.score["format"]
     if cfg.overlong_cache:
         reward += soft_overlong(len(c.tokens), limit, cfg.overlong_cache)
     if cfg.language_weight:  # of the thinking; added, as R1 does

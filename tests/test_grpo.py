@@ -134,9 +134,11 @@ def test_reward_of_adds_the_optional_terms_and_limit_at_follows_the_schedule():
     c = completion(0, [1] * 90)
     c.score, c.text = {"correct": True, "format": 1.0}, "one two </think> 二百三十四"
     cfg = grpo.Config(format_weight=0.3)
-    assert grpo.reward_of(c, cfg, 100) == pytest.approx(1.3)
-    cfg.overlong_cache, cfg.language_weight = 20, 0.5  # half of the cache used, thinks in English
-    assert grpo.reward_of(c, cfg, 100) == pytest.approx(1.3 - 0.5 + 0.5)
+    for word, own in ((1.0, {}), (-2.0, {"reward": -2.0})):  # a task's own, for the verdict
+        c.score |= own
+        assert grpo.reward_of(c, cfg, 100) == pytest.approx(word + 0.3)
+    cfg.overlong_cache, cfg.language_weight = 20, 1.0  # half of the cache used, thinks in English
+    assert grpo.reward_of(c, cfg, 100) == pytest.approx(-2.0 + 0.3 - 0.5 + 1.0)
 
 
 def test_dapo_eq11_dynamic_sampling_fills_the_batch_with_mixed_groups(monkeypatch):
