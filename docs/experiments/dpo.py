@@ -62,8 +62,8 @@ def child_seconds() -> float:
 
 
 def run_script(script: str, flags: str, out: Path) -> dict:
-    """Run a script of this repository without evaluations; its checkpoint, cost, last step."""
-    flags = f"{flags} --eval_problems 0 --save_every 0 --out {out}"
+    """Run a script of this repository without evaluations: its last checkpoint and its costs."""
+    flags = f"--eval_problems 0 --save_every 0 {flags} --out {out}"
     began = child_seconds()
     with open(f"{out}.log", "w") as log:
         command = [sys.executable, ROOT / script, *flags.split()]
