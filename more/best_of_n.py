@@ -13,8 +13,8 @@ points at one, weighs the votes or, scoring steps, prunes what goes wrong.
     optimal: for each bin of difficulty the way that is best on other problems, within     (6)
           a budget of tokens
 
-Tokens are counted as they were drawn, those of pruned rows too. Likelihood needs no verifier.
-Bounds: rule, a look at the verdict (pass@n), and shuffled, another answer's likelihood.
+Tokens are counted as drawn, of pruned rows too. Likelihood needs no verifier.
+Bounds: rule, the verdict (pass@n), and shuffled, another answer's likelihood.
 
 Run
     python more/best_of_n.py  # two CPU cores, no network, minutes
@@ -23,10 +23,10 @@ Run
     python more/best_of_n.py --model Qwen2.5-1.5B --task gsm8k --data FILE  # one GPU
 
 Expect
-    Seeds 0, 1, 2, the first 50 problems: one answer 0.683;
-    of 16 the commonest 0.973, a vote weighted by likelihood
-    0.993 (the ceiling), the likeliest 0.880, a random one 0.627.
-    0.8 CPU seconds a problem, most of it sampling.
+    Seeds 0, 1, 2, --eval_problems 50: one answer 0.683;
+    of 16 the commonest 0.973, weighted by likelihood
+    0.993, the likeliest 0.880, a random one 0.627.
+    0.8 CPU seconds a problem, nearly all to sample.
 
 Differs from the papers in: n/m rows stay whether they ended or not, so that a search ends
 (search-and-learn fills the places of those that ended); what did not end has no vote.
