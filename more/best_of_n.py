@@ -26,7 +26,7 @@ Expect
     Seeds 0, 1, 2, --eval_problems 50: one answer 0.683;
     of 16 the commonest 0.973, weighted by likelihood
     0.993, the likeliest 0.880, a random one 0.627.
-    0.8 CPU seconds a problem, nearly all to sample.
+    0.8 CPU seconds a problem.
 
 Differs from the papers in: n/m rows stay whether they ended or not, so that a search ends
 (search-and-learn fills the places of those that ended); what did not end has no vote.
