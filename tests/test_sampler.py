@@ -218,11 +218,17 @@ def test_stop_string_that_spans_looks(first, length):
         assert [ended(s, i) for i in range(6)] == [stopped(tokens, stops) for tokens in free]
 
 
-def test_tokens_that_may_end_a_text():
-    """They hold the last letter of a stop string, as the second of two letters, too."""
+def test_only_rows_that_may_end_are_decoded():
+    """A new token holds the last letter of a stop string, as the second of two letters, too."""
     tokenizer = Tokenizer(models.WordLevel({"a>": 0, "b": 1, ":c": 2, "<d": 3}, unk_token="b"))
     prompter = grpo.Prompter(SimpleNamespace(tokenizer=tokenizer, is_tiny=False), None, False)
     assert prompter.stops == ("</answer>", "\nUser:") and prompter.endings == {0, 2}
+    decoded, prompter.decode = [], lambda ids: decoded.append(list(ids)) or ""
+    tokens = torch.tensor([[1, 3, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 2, 2]])
+    lengths, finished = torch.tensor([6, 6, 5]), torch.zeros(3, dtype=torch.bool)
+    prompter.stop(SimpleNamespace(tokens=tokens, lengths=lengths, finished=finished), 2)
+    assert decoded == [[1, 3, 1, 0], [0, 0, 1, 1, 2]]  # new and before the row's end
+    assert not finished.any() and lengths.tolist() == [6, 6, 5]
 
 
 def shapes_of(model):

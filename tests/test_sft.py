@@ -150,3 +150,12 @@ def test_a_run_takes_every_line_in_a_new_order_each_epoch(run, cwd, monkeypatch)
     epochs = [tuple(seen[i : i + 5]) for i in range(0, 20, 5)]
     assert all(sorted(epoch) == [1, 2, 3, 4, 5] for epoch in epochs) and len(set(epochs)) > 1
     assert rates[2:] == pytest.approx([0.001 * step for step in range(1, 5) for _ in range(2)])
+
+
+def test_the_next_traces_are_written_while_a_gpu_computes(run, monkeypatch):
+    """Between the last backward pass and the first number that is read back."""
+    order = []
+    for name in ("add_gradients", "trace_example", "update_model"):
+        follow(monkeypatch, name, lambda _, name=name: order.append(name))
+    assert run("sft", "--steps 2 --batch_size 1 --eval_problems 0").code == 0
+    assert order[2:] == ["add_gradients", "trace_example", "update_model"] * 2
