@@ -49,7 +49,7 @@ OWN = {  # for the script before the flags
     "nsr --positive_weight 0.5 --mode psr": "--positive_weight",
     "ppo --kl_type k3": "--kl_type",
     "sft --model scratch --hidden_size 48": "--hidden_size 48 is no multiple of 32",
-    "sft --task multiplication": "--task multiplication makes no traces: give --data",
+    "sft --task prosqa": "--task prosqa makes no traces: give --data",
     "coconut --hidden_size 64": "--hidden_size are not for --model {small}",
     "coconut --gate 2 --mode coconut": "--gate 2",
     "coconut --epochs_per_stage 1 --mode coconut": "--epochs_per_stage needs --data",
