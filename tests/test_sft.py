@@ -1,6 +1,7 @@
 """sft.py's own functions: loss and schedule as the reference's, traces, masks, data files."""
 
 import math
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -60,7 +61,10 @@ def test_a_trace_depends_on_seed_and_number_and_survives_the_tokenizer(prompter)
     for seed, index in [(1, 3), *((0, i) for i in range(30)), (0, 3)]:  # the last was there
         example = sft.trace_example(prompter, seed, index)
         ids, _ = sft.make_row(prompter, example, "completion", END)
-        given = prompter.encode(prompter.text(prompter.task.problem("train", seed, index)))
+        problem = prompter.task.problem("train", seed, index)
+        stream = Random(f"trace {seed} {index}")  # a number has its trace, whatever came before
+        assert example["completion"] == prompter.task.trace(problem, stream)
+        given = prompter.encode(prompter.text(problem))
         assert ids[: len(given)] == given and ids[-1:] == END and 2 not in ids  # <unk>
         rows.add(prompter.decode(ids))
     assert len(rows) == 31
