@@ -96,7 +96,7 @@ class Config:
     max_step_tokens: int = option(0, "longest step of a search, 0: by size")
     temperature: float = option(0.0, "of sampling, 0: by size")
     eval_problems: int = option(200, "held-out problems", 2)
-    n: int = option(16, "answers to each, rows of a search", 2)
+    N: int = option(16, "answers to each, rows of a search", 2)
     probe: int = option(8, "more answers, to tell how hard it is", 1)
     save_every: int = option(40, "problems between checkpoints", 1)
     seed: int = option(0, "seed of problems and sampling")
@@ -319,9 +319,9 @@ def read_rows(s: "Decoding", asked: list[tuple], prompter: "Prompter", n: int) -
 def search(model: "Model", verifier: Verifier, problems: list[tuple], method: str) -> list[dict]:
     """Eq. 4 or 5 for some (number, problem); what came of each."""
     cfg, prompter, limit = verifier.cfg, verifier.prompter, verifier.cfg.max_new_tokens
-    size = cfg.n if method == "beam" else cfg.width  # rows of a tree
+    size = cfg.N if method == "beam" else cfg.width  # rows of a tree
     asked = [(i, problem, prompter.encode(prompter.text(problem))) for i, problem in problems]
-    pairs = [(i, slot) for i, _ in problems for slot in range(cfg.n)]
+    pairs = [(i, slot) for i, _ in problems for slot in range(cfg.N)]
     u = np.stack([row_uniforms(cfg.seed, 0, *pair, limit + 1) for pair in pairs])
     s = Decoding(model, [ids for *_, ids in asked], torch.tensor(u), cfg.temperature)
     s.count = s.count.repeat(len(pairs))  # of each row
@@ -330,14 +330,14 @@ def search(model: "Model", verifier: Verifier, problems: list[tuple], method: st
     ended, drawn = [[] for _ in problems], [0] * len(problems)
     while len(s.rows):
         write_steps(s, delimiters, cfg.max_step_tokens, began)
-        slots, rows = s.rows.tolist(), read_rows(s, asked, prompter, cfg.n)
+        slots, rows = s.rows.tolist(), read_rows(s, asked, prompter, cfg.N)
         for slot, new in zip(slots, (s.count - began).tolist(), strict=True):
-            drawn[slot // cfg.n] += new  # of rows that are pruned, too
+            drawn[slot // cfg.N] += new  # of rows that are pruned, too
         scores = verifier.rate_steps(rows)
         kept = survivors(scores, [slot // size for slot in slots], places)
         over = [row.finished or len(row.tokens) >= limit for row in rows]
         for i in [i for i in range(len(rows)) if over[i]]:
-            ended[slots[i] // cfg.n].append((rows[i], scores[i]))
+            ended[slots[i] // cfg.N].append((rows[i], scores[i]))
             places[slots[i] // size] -= i in kept  # so that a search ends
         go_on(s, [i for i in kept if not over[i]], size, cfg.width)
         began = s.count.clone()
@@ -431,8 +431,8 @@ def compare_ways(records: list[dict], n: int) -> dict[str, float]:
 
 
 def check_flags(cfg: Config) -> None:
-    if cfg.n % cfg.width and cfg.search != "none":
-        raise BadInput(f"--n {cfg.n} is no multiple of --width {cfg.width}")
+    if cfg.N % cfg.width and cfg.search != "none":
+        raise BadInput(f"--N {cfg.N} is no multiple of --width {cfg.width}")
     if not cfg.verifier and (cfg.score == "model" or cfg.reduce != "last"):
         raise BadInput("--score model and --reduce need --verifier FOLDER")
 
@@ -447,7 +447,7 @@ def solve(cfg: Config, kind: type = Verifier) -> int:
     verifier = kind(run, model, prompter)
     problems = list(enumerate(heldout(task, cfg.eval_problems, cfg.seed)))
     methods = [name for name in ("beam", "dvts") if cfg.search in (name, "both")]
-    cfg.steps, size = len(problems), cfg.n + cfg.probe  # steps: what run.log counts
+    cfg.steps, size = len(problems), cfg.N + cfg.probe  # steps: what run.log counts
     records = run.start(model, None, prompter).get("records", [])
     while len(records) < len(problems):
         some = problems[len(records) : len(records) + cfg.save_every]
@@ -456,8 +456,8 @@ def solve(cfg: Config, kind: type = Verifier) -> int:
         clock.append(time.process_time())
         groups, found = in_groups(done, size), []
         for group in groups:
-            share = mean(c.score["correct"] for c in group[cfg.n :])
-            found.append({"share": share, "answers": keep_answers(verifier, group[: cfg.n])})
+            share = mean(c.score["correct"] for c in group[cfg.N :])
+            found.append({"share": share, "answers": keep_answers(verifier, group[: cfg.N])})
         clock.append(time.process_time())
         for method in methods:
             ways = run.spread(model, verifier, some, method)
@@ -469,12 +469,12 @@ def solve(cfg: Config, kind: type = Verifier) -> int:
             record["seconds"] = dict(zip(["sample", "score", *methods], spent, strict=True))
         records += found
         run.save(records)
-        shown = [f"eval/accuracy/{way}@{cfg.n}" for way in ("majority", "best_rule")]
-        run.log(len(records), compare_ways(records, cfg.n), shown)
+        shown = [f"eval/accuracy/{way}@{cfg.N}" for way in ("majority", "best_rule")]
+        run.log(len(records), compare_ways(records, cfg.N), shown)
         run.keep_samples(len(records), prompter, groups[0], [0.0] * size)
         if run.signal:
             break
-    return run.report(compare_ways(records, cfg.n))
+    return run.report(compare_ways(records, cfg.N))
 
 
 # ---- below: the machine, the same text in every script (tests/test_shared_blocks.py)
@@ -1163,7 +1163,7 @@ class Selection(Run):
     def spread(self, model, verifier, problems, method):
         """Search, each rank for its share of the problems; outcomes in order."""
         cfg, found = self.cfg, {}
-        at_once = rows_at_once(model, 256 + cfg.max_new_tokens) // cfg.n or 1
+        at_once = rows_at_once(model, 256 + cfg.max_new_tokens) // cfg.N or 1
         for part in in_groups(problems[self.rank :: self.world], at_once):
             outcomes = search(model, verifier, part, method)
             found |= {n: outcome for (n, _), outcome in zip(part, outcomes, strict=True)}

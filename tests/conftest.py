@@ -59,7 +59,7 @@ SPECULATION = "--max_new_tokens 12 --max_step_tokens 6 --save_every 1"
 SOLVING = {  # scripts that train nothing: the smallest flags
     "budget_forcing": "--caps 4,8,12 --max_new_tokens 20 --eval_problems 3 --waits 1,2",
     "specreason": f"--draft tiny-draft --eval_problems 2 {SPECULATION}",
-    "more.best_of_n": f"--n 2 --probe 1 --width 2 --search both --eval_problems 2 {SPECULATION}",
+    "more.best_of_n": f"--N 2 --probe 1 --width 2 --search both --eval_problems 2 {SPECULATION}",
 }
 SMALL = {script: flags for script, (flags, _) in TRAINING.items()} | SOLVING
 # flags of a run of four steps or more without evaluations; what is its last step

@@ -61,7 +61,7 @@ OWN = {  # for the script before the flags
     "budget_forcing --waits 1,,2": "--waits 1,,2: ",
     "budget_forcing --max_new_tokens 12": "--max_new_tokens 12: no answer fits after 12",
     "specreason --draft=": "name its --draft",
-    "more.best_of_n --n 10 --width 4": "--n 10 is no multiple of --width 4",
+    "more.best_of_n --N 10 --width 4": "--N 10 is no multiple of --width 4",
     "more.best_of_n --score model": "--verifier FOLDER",
     "more.best_of_n --reduce min": "--verifier FOLDER",
     "more.best_of_n --verifier {given}/plain": "{given}/plain has another tokenizer",

@@ -134,7 +134,7 @@ def ended(monkeypatch):
 @pytest.mark.parametrize("method", ["beam", "dvts"])
 def test_width_1_is_independent_samples(made, ended, method):
     """Step by step, waiting for each other, the rows write what the shared sampler writes."""
-    run, model, verifier, problems = made("--n 4 --width 1")
+    run, model, verifier, problems = made("--N 4 --width 1")
     found = bn.search(model, verifier, problems, method)
     done = bn.rollout(run, model, verifier.prompter, problems, 4, 60, 0)
     for p, group in enumerate(rewards.in_groups(done, 4)):
@@ -148,14 +148,14 @@ def test_width_1_is_independent_samples(made, ended, method):
 
 
 def test_dvts_of_one_tree_is_a_beam(made):
-    _, model, verifier, problems = made("--n 4 --width 4 --score random")
+    _, model, verifier, problems = made("--N 4 --width 4 --score random")
     beam, dvts = (bn.search(model, verifier, problems, name) for name in ("beam", "dvts"))
     assert beam == dvts
 
 
 def test_copies_go_on_from_their_own_cache(made, ended, monkeypatch):
     """Likelihoods are those of one plain pass; every draw counts, also of pruned rows."""
-    _, model, verifier, problems = made("--n 4 --width 2")
+    _, model, verifier, problems = made("--N 4 --width 2")
     go_on, rounds, began, drawn = bn.go_on, [], [0] * 12, []
 
     def spy(s, kept, size, width):
@@ -200,7 +200,7 @@ def test_scores_are_the_reward_models(made, tmp_path, kind, reduce):
 def test_rule_is_pass_at_n_and_the_search_is_read(run, cwd):
     """A run of the experiment: the ceiling is pass@N, and its scores are those of the texts."""
     tool = load(ROOT / "docs" / "experiments" / "best_of_n.py")
-    flags = "--model tiny-rl --eval_problems 4 --n 4 --probe 1 --max_new_tokens 90 --out a"
+    flags = "--model tiny-rl --eval_problems 4 --N 4 --probe 1 --max_new_tokens 90 --out a"
     cfg = bn.parse_config(bn.Config, flags.split())
     assert bn.solve(cfg, tool.SearchReader) == 0
     last = lines_of(cwd / "a" / "metrics.jsonl")[-1]

@@ -19,6 +19,7 @@ import torch
 from conftest import LONG, SMALL, SOLVING, TRAINING, file_of, lines_of, metrics_of, records_of
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch.distributed.run import get_args_parser
 
 from rewards import read_json
 
@@ -95,6 +96,14 @@ def go_on(run, script: str, folder: str, flags: str = ""):
 def test_docstring_examples(name):
     failed, _ = doctest.testmod(module(name))
     assert not failed
+
+
+def test_torchrun_takes_no_flag_for_its_own():
+    """It reads the script's flags, too, and what begins one of its own it takes for that one."""
+    theirs = get_args_parser()._option_string_actions
+    for script in SMALL:
+        for f in fields(module(script).Config):
+            assert not [name for name in theirs if name.startswith(f"--{f.name}")], (script, f.name)
 
 
 @every

@@ -179,10 +179,10 @@ def run_and_read(cfg: Config) -> int:
     if code:
         return code
     folder = Path(cfg.resume or cfg.out or max(set(Path("out").glob("*")) - before))
-    values = values_of(read_json(checkpoints(folder)[-1] / "records.json")["records"], cfg.n)
+    values = values_of(read_json(checkpoints(folder)[-1] / "records.json")["records"], cfg.N)
     for name, value in values.items():
         print(f"{name:28}{value:9.3f}")
-    for claim in CLAIMS if cfg.n == 16 else []:
+    for claim in CLAIMS if cfg.N == 16 else []:
         print(f"{'held' if holds(claim, values) else 'NOT held':9}{claim}")
     return 0
 
