@@ -244,8 +244,7 @@ class Verifier:
         if self.cfg.score == "model":
             return self.rate([(row.prompt, row.tokens) for row in rows])
         if self.cfg.score == "random":
-            keys = [f"{self.cfg.seed} {row.number} {row.tokens}" for row in rows]
-            return [Random(key).random() for key in keys]
+            return [Random(f"{self.cfg.seed} {row.number} {row.tokens}").random() for row in rows]
         return [math.exp(mean(row.logprobs)) for row in rows]
 
 
@@ -336,22 +335,25 @@ def search(model: "Model", verifier: Verifier, problems: list[tuple], method: st
         scores = verifier.rate_steps(rows)
         kept = survivors(scores, [slot // size for slot in slots], places)
         over = [row.finished or len(row.tokens) >= limit for row in rows]
-        for i in [i for i in range(len(rows)) if over[i]]:
-            ended[slots[i] // cfg.N].append((rows[i], scores[i]))
-            places[slots[i] // size] -= i in kept  # so that a search ends
+        for i, row in enumerate(rows):
+            if over[i]:
+                ended[slots[i] // cfg.N].append((row, scores[i]))
+            if over[i] and i in kept:
+                places[slots[i] // size] -= 1  # so that a search ends
         go_on(s, [i for i in kept if not over[i]], size, cfg.width)
         began = s.count.clone()
-    both = zip(ended, drawn, strict=True)
-    return [describe_search(prompter.task, *one) for one in both]
+    return [describe_search(prompter.task, *x) for x in zip(ended, drawn, strict=True)]
 
 
 def describe_search(task, ended: list[tuple], drawn: int) -> dict:
     """The best of (row, score) and a weighted vote, of those that ended."""
     rows = []
     for row, r in ended:
+        if not row.finished:
+            continue
         score = task.score(row.text, row.problem)
         scores = {"likelihood": r, "rule": float(score["correct"])}
-        rows += [{"answer": canonical(score["answer"]), "score": scores}] * row.finished
+        rows.append({"answer": canonical(score["answer"]), "score": scores})
     record = {"tokens": drawn, "answers": len(rows)}
     for name in ("best", "vote"):
         record[name] = is_right(rows, f"{name}_likelihood") if rows else 0.0

@@ -14,6 +14,7 @@ QWEN |= {"num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size
 QWEN |= {"vocab_size": 151936, "rope_theta": 1000000.0, "tie_word_embeddings": True}
 HALF = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
 HALF["num_attention_heads"] = 14
+TINY = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 230, "num_hidden_layers": 4}
 LARGE = {"lr": 1e-6, "batch_size": 512, "max_new_tokens": 1024, "micro_batch_tokens": 10139}
 CHOSEN = {"ppo": {"critic_lr": 1e-5, "repetition_n": 40, "micro_batch_tokens": 8192}}
 CHOSEN["more.prime"] = {"prm_lr": 1e-6, "group_size": 8, "batch_size": 256}
@@ -91,3 +92,22 @@ def test_what_the_free_memory_decides(load, script):
     assert run.cfg.micro_batch_tokens == 512
     run, model, _ = load(script, "cuda", **HALF)
     assert not model.checkpointing and run.cfg.micro_batch_tokens == most
+
+
+@every
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_larger_the_model_the_lower_the_rate(load, script, device):
+    """Three columns; given values stay; on a GPU the micro-batch is a GPU's, whatever the model."""
+    by_size = MODULES[script].BY_SIZE
+    assert list(by_size["lr"]) == sorted(by_size["lr"], reverse=True)
+    for column, changes in enumerate((TINY, HALF, {})):
+        run, model, sampler = load(script, device, "--batch_size 64", **changes)
+        for name, values in by_size.items():
+            expected = 64 if name == "batch_size" else values[column]
+            if name != "micro_batch_tokens" or device == "cpu":
+                assert getattr(run.cfg, name) == expected, name
+        group = getattr(run.cfg, "group_size", 1)
+        assert all(rows % group == 0 for rows in by_size["batch_size"])
+        assert (sampler is model) == (device == "cpu")
+        if device == "cpu":
+            assert model.checkpointing == (column == 2)

@@ -149,3 +149,10 @@ def test_sigterm_to_torchrun_saves_once_and_one_rank_goes_on(begin, run, cwd):
     assert go_on(run, "grpo", "a", f"--steps {last}").code == 0
     assert run("grpo", f"{run_of('grpo')} --out one --steps {last}").code == 0
     close(metrics_of(cwd / "one"), metrics_of(cwd / "a"), 1e-4)
+
+
+def test_bad_input_under_torchrun_is_said_once(begin, cwd):
+    """Rank 0 sees it alone, before the ranks meet."""
+    done = finish(begin("grpo", "--model ./qwen", launcher=TORCHRUN), 60)
+    (line,) = [line for line in done.err.splitlines() if line.startswith("grpo.py: error: ")]
+    assert done.code != 0 and "./qwen" in line and not list(cwd.iterdir())

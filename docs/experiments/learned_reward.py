@@ -30,7 +30,7 @@ LIMIT = ["--max_new_tokens", "256", "--format_weight", "0"]
 EVALUATION = [*LIMIT, "--steps", "0", "--eval_problems", "200", "--eval_samples", "4"]
 
 
-def run(out: Path, script: str, *flags: str) -> list[dict]:
+def run_script(out: Path, script: str, *flags: str) -> list[dict]:
     """A script as a process, unless its run is there; the lines of its metrics.jsonl."""
     log = out.with_suffix(".log")
     if not log.exists() or "go on: " not in log.read_text():
@@ -73,17 +73,17 @@ def main() -> None:
     out = args.out.resolve()
     seed, base = ["--seed", args.seed], ["--model", "tiny"]
     sizes = ["--sample", "120", "--eval_problems", "40"]
-    rows = run(out / "rm", "more/reward_model.py", *base, *seed, *sizes)
+    rows = run_script(out / "rm", "more/reward_model.py", *base, *seed, *sizes)
     values = {"rm_auc_finished": rows[-2]["eval/auc_finished"]}  # the last is that of a new head
     task = f"more/learned_reward.py:LearnedReward:folder={out / 'rm'}"
-    [row] = run(out / "before", "grpo.py", *base, *seed, *EVALUATION, "--task", task)
+    [row] = run_script(out / "before", "grpo.py", *base, *seed, *EVALUATION, "--task", task)
     values |= {"before": row["eval/accuracy"]} | details("before", row)
     for arm in args.arms.split(","):
         spec = ["--task", f"{task},{ARMS[arm]}"]
         flags = [*base, *seed, *LIMIT, "--batch_size", str(BATCH), "--steps", "16"]
-        steps = run(out / arm, "grpo.py", *flags, *spec, "--eval_problems", "0")
+        steps = run_script(out / arm, "grpo.py", *flags, *spec, "--eval_problems", "0")
         model = ["--model", str(out / arm / "step-000016")]
-        [row] = run(out / f"{arm}-after", "grpo.py", *model, *seed, *EVALUATION, *spec)
+        [row] = run_script(out / f"{arm}-after", "grpo.py", *model, *seed, *EVALUATION, *spec)
         values |= values_of(arm, steps, row)
     print(json.dumps({name: round(value, 4) for name, value in values.items()}, indent=2))
 

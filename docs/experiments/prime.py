@@ -72,7 +72,8 @@ class Arm:
     def __init__(self, name: str, seed: int, flags: list[str], folder: Path):
         self.name, self.seed, self.folder = name, seed, folder
         self.argv = [*SETTING.split(), "--seed", str(seed), "--out", str(folder), *flags]
-        self.argv += ["--no-process"] * (name == "rloo")
+        if name == "rloo":
+            self.argv.append("--no-process")
         self.evaluation_seconds, self.answers, self.done = 0.0, [], []
 
     def evaluate(self, run, model, prompter, step):

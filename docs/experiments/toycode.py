@@ -18,7 +18,6 @@ but the first program that passes most of the shown tests. Claims, written befor
 import argparse
 import copy
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,22 +27,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
+from docs.experiments.learned_reward import run_script  # noqa: E402
 from more import reward_model as rm  # noqa: E402
 from rewards import epoch_order, heldout, in_groups, make_task, mean, pass_at_k  # noqa: E402
 
 TRAINING, UNSEEN, ANSWERS, LIMIT = 300, 150, 16, 160
 STEPS, PAIRS = 100, 10  # of a reward model
-
-
-def sft(out: Path, seed: int, steps: int) -> Path:
-    """The checkpoint of a policy from nothing, unless it is there."""
-    folder = out / f"step-{steps:06d}"
-    if not folder.exists():
-        flags = f"--task toycode --num_layers 4 --steps {steps} --eval_problems 0 --seed {seed}"
-        command = [sys.executable, str(ROOT / "sft.py"), *flags.split(), "--out", str(out)]
-        with out.with_suffix(".log").open("w") as file:
-            subprocess.run(command, cwd=ROOT, stdout=file, check=True)
-    return folder
 
 
 def pairs_of(cfg, groups: list, rule: str) -> list:
@@ -110,7 +99,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    policy = sft(args.out.resolve() / "policy", args.seed, args.steps)
+    out = args.out.resolve() / "policy"
+    flags = f"--task toycode --num_layers 4 --steps {args.steps} --eval_problems 0"
+    run_script(out, "sft.py", *flags.split(), "--seed", str(args.seed))
+    policy = out / f"step-{args.steps:06d}"
     cfg = rm.Config(model=str(policy), task="toycode", seed=args.seed, lr=3e-4, device="cpu")
     cfg.micro_batch_tokens = 2048
     run, task = rm.Run(cfg), make_task("toycode")
