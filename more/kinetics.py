@@ -386,7 +386,7 @@ def cost_curve(
 
 def trade(records: list[dict], curves: Callable, caps: list, intensity: float) -> dict[str, tuple]:
     """(eFLOPs, coverage) of way/cap/N: N answers of at most so many tokens, one of them right."""
-    points, n = {}, len(records[0]["dense"]["tokens"])
+    points, n = {}, len(next(iter(records[0].values()))["tokens"])
     for way, cap in product(records[0], caps):
         spent, right = [], []
         for x in [record[way] for record in records]:
