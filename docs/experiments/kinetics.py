@@ -74,9 +74,9 @@ CLAIMS = {
     ],
     "models": ["until_bytes <= until_flops"],
     "text": [
-        "loss_block_4 <= loss_dense + 0.05",
-        "loss_window_4 >= loss_block_4 + 0.10",
-        "loss_random_4 >= loss_block_4 + 0.10",
+        "loss_block_8 <= loss_dense + 0.05",
+        "loss_window_4 >= loss_block_4 + 0.05",
+        "loss_random_8 >= loss_block_8 + 0.10",
     ],
 }
 LEVELS = {"single": 0.60, "many": 0.75}
@@ -188,7 +188,7 @@ def solved_text(row: dict) -> str:
 def text(cfg: Config) -> dict[str, float]:
     """Loss of reference solutions, read token by token."""
     model = load_model(resolve_model(cfg.model), "cpu").requires_grad_(False)
-    cfg.blocks, cfg.block, cfg.local = cfg.blocks or "4", cfg.block or 16, cfg.local or 16
+    cfg.blocks, cfg.block, cfg.local = cfg.blocks or "4,8", cfg.block or 16, cfg.local or 16
     lines = [json.loads(line) for line in Path(cfg.data).read_text().splitlines()]
     order = np.random.default_rng(cfg.seed).permutation(len(lines))[: 4 + cfg.eval_problems]
     shown, asked = [lines[i] for i in order[:4]], [lines[i] for i in order[4:]]
