@@ -24,14 +24,14 @@ Run
     python more/kinetics.py --shapes Qwen3-0.6B,Qwen3-8B,Qwen3-32B --context 200 --new 16384
 
 Expect
-    TODO
+    Seeds 0, 1, 2: accuracy 0.706; with 43 % of the bytes (k = 8) 0.709, of as many keys the last
+    ones 0.634, random ones 0.627; k = 2: 23 %, 0.600, 0.442, 0.475. 7 CPU minutes.
 
 Differs from LiteSys in: all layers are sparse (there --dense_layers 1); mean keys are made anew
 each step: bytes are counted, not saved; no top-k of keys, no strided blocks. Slips of the paper's
 cost code are in closed=True alone.
 
-Legend: B rows, T tokens, S keys, W of them kept, D head size, C hidden size, V vocabulary; of a
-model H query heads, K key heads.
+Legend: B rows, T tokens, S keys, W of them kept, n blocks, D head size; H, K heads of tensors.
 """
 
 import argparse
@@ -239,9 +239,9 @@ def cost_table(cfg: Config) -> str:
             costs = [dense_cost(*asked, n), sparse_cost(*asked, budget, n)]
             costs.append(block_cost(*asked, budget, block, n))
             dense, sparse, some = [eflops((x, y + weights), cfg.intensity) for x, y in costs]
-            read = costs[0][1] + weights
-            values = [n, costs[0][0] / 1e12, read / 1e12, dense / 1e12, 1 - products / dense]
-            values += [budget, sparse / 1e12, some / 1e12, some / dense]
+            rest = eflops((products, weights), cfg.intensity)  # what is no attention
+            values = [n, costs[0][0] / 1e12, (costs[0][1] + weights) / 1e12, dense / 1e12]
+            values += [1 - rest / dense, budget, sparse / 1e12, some / 1e12, some / dense]
             lines.append(f"{name[-20:]:20}" + "".join(f"{value:13.5g}" for value in values))
     return "\n".join(lines)
 
