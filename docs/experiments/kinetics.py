@@ -4,6 +4,7 @@
     python docs/experiments/kinetics.py --seed 0 --part models --n 16 --eval_problems 100
     python docs/experiments/kinetics.py --seed 0 --part text --model FOLDER --data FILE
     python docs/experiments/kinetics.py --resume out/A                  # reading, only the table
+    python docs/experiments/kinetics.py --part models --runs out/B      # models, only the table
 
 reading: a run of more/kinetics.py, same records, same random numbers. `single` is one answer, cut
 at a cap; `many` also the best of 2 and 4 by the verifier (coverage); both are chosen on every other
@@ -14,13 +15,15 @@ caps are 64, 128, 256, 512; `_fine`, added after the runs of the three seeds, ha
 models: tiny-draft (0.09 M parameters) against tiny-rl and tiny (0.92 M), caps from 64 to 512
 tokens, 1 to 16 answers, coverage. The smaller model is chosen up to `until` by FLOPs (I = 0) and by
 eFLOPs (I = 562.5); the paper says that counting bytes makes the larger ones take over earlier.
+`larger` is the least coverage at which a larger one of the two stands on the frontier of all three
+(added after the runs, as `until` turned out to be the ceiling of tiny-draft).
 `knowing` is the mean over problems of the best coverage of any setting within the cost of one
 whole answer of tiny-rl: picked with knowledge of the answers, an upper bound, `plain` the setting
 that the other problems choose.
 
 text: the loss of the reference solutions of GSM8K, in nats a token, that a model has when it reads
 four solved problems and the question densely, then the solution token by token in each way. It
-measures what a way to read loses where a model solves too few problems to count them.
+measures what a way to read loses where a small model would solve too few problems to count them.
 
 Claims, written down before the runs of seeds 0, 1, 2, are in CLAIMS; seed 100 settled the knobs.
 """
@@ -86,6 +89,7 @@ MODELS = "tiny-draft", "tiny-rl", "tiny"
 @dataclass
 class Config(kinetics.Config):
     part: Literal["reading", "models", "text"] = option("reading", "what is measured")
+    runs: str = option("", "--out of an earlier --part models, whose table is made again")
 
 
 def curves_of(cfg: Config, shapes: dict, rules: dict):
@@ -150,7 +154,11 @@ def models(cfg: Config) -> dict[str, float]:
     for model in MODELS:
         cfg.out = f"{out}/{model}" if out else ""
         shapes[model] = shape_of(load_model(resolve_model(model)).config)
-        found = run_of(cfg, model, only_dense)
+        if cfg.runs:
+            cfg.max_new_tokens = read_json(Path(cfg.runs, model, "run.json"))["config"]["max_new_tokens"]
+            found = read_json(checkpoints(Path(cfg.runs, model))[-1] / "records.json")["records"]
+        else:
+            found = run_of(cfg, model, only_dense)
         records = records or [{} for _ in found]
         for record, other in zip(records, found, strict=True):
             record[model] = other["dense"]
@@ -164,6 +172,9 @@ def models(cfg: Config) -> dict[str, float]:
         pair = {key: point for key, point in dev.items() if not key.startswith("tiny/")}
         values[f"until_{name}"] = max(
             (test[key][1] for key in frontier(pair) if key.startswith("tiny-draft")), default=0.0
+        )
+        values[f"larger_{name}"] = min(
+            test[key][1] for key in frontier(dev) if not key.startswith("tiny-draft")
         )
         print(f"{name}: " + " ".join(f"{key}={test[key][1]:.3f}" for key in frontier(dev)))
         budget = dev[f"tiny-rl/{cfg.max_new_tokens}/1"][0]
