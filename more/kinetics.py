@@ -10,7 +10,7 @@ read more than they compute. Who reads only the blocks that matter affords more 
     search = sum_{t < L_out} floor((L_in + t) / b)     one key of each block               (4)
              adds 2 H N search flops and 2 K N search bytes
     eFLOPs = flops + I bytes               I: what a device computes while it reads a byte (5)
-    kept   = the first `sink` keys, k blocks of b, the last `local` ones and what is no    (6)
+    kept   = the first `sink` keys, k blocks of b, the last `recent` ones and what is no    (6)
              whole block; all, as long as there are few
     score  = mean over the group of q . mean of the block's keys  = mean of its logits     (7)
 
@@ -96,7 +96,7 @@ class Config:
     max_new_tokens: int = option(0, "longest answer, 0: by size")
     temperature: float = option(1.0, "of sampling, 0: greedy")
     eval_problems: int = option(200, "held-out problems", 2)
-    n: int = option(4, "answers to each", 1)
+    eval_samples: int = option(4, "answers to each", 1)
     save_every: int = option(40, "problems between checkpoints", 1)
     seed: int = option(0, "seed of problems and sampling")
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "auto: cuda if any")
@@ -104,7 +104,7 @@ class Config:
     resume: str = option("", "run folder to go on with")
     blocks: str = option("", "k of eq. 6, rising, empty: by size")
     block: int = option(0, "keys in a block, 0: by size")
-    local: int = option(0, "last keys that are always read, 0: by size")
+    recent: int = option(0, "last keys that are always read, 0: by size")
     sink: int = option(4, "first keys that are always read")
     dense_layers: int = option(0, "first layers that read all (LiteSys: 1)")
     intensity: float = option(562.5, "I of eq. 5, FLOP a byte (paper: B200)")
@@ -119,7 +119,7 @@ BY_SIZE = {  # below 10 M parameters, below 1 B, above
     "max_new_tokens": (512, 512, 2048),
     "blocks": ("2,8", "4,16", "16,64"),
     "block": (8, 16, 16),
-    "local": (16, 32, 64),
+    "recent": (16, 32, 64),
 }
 SELECT = "block", "oracle", "window", "random"
 
@@ -230,9 +230,9 @@ def cost_table(cfg: Config) -> str:
     for name in cfg.shapes.split(","):
         shape = read_shape(name)
         size = (shape.parameters > 1e7) + (shape.parameters > 1e9)
-        block, local = cfg.block or BY_SIZE["block"][size], cfg.local or BY_SIZE["local"][size]
+        block, recent = cfg.block or BY_SIZE["block"][size], cfg.recent or BY_SIZE["recent"][size]
         k = rising("blocks", cfg.blocks or BY_SIZE["blocks"][size])[-1]
-        budget = cfg.sink + local + k * block
+        budget = cfg.sink + recent + k * block
         for n in rising("trials", cfg.trials):
             asked, products = (shape, cfg.context, cfg.new), n * 2 * shape.parameters * cfg.new
             weights = products / cfg.rows if cfg.rows else 0.0  # bytes, 2 a parameter
@@ -255,19 +255,19 @@ class Rule:
 
     select: str
     sink: int
-    local: int
+    recent: int
     block: int
     k: int
 
     @property
     def full(self) -> int:
         """Up to so many keys all are read: LiteSys' threshold, in whole blocks."""
-        budget = self.sink + self.local + self.k * self.block
+        budget = self.sink + self.recent + self.k * self.block
         return math.ceil(budget / self.block) * self.block
 
     def count(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Keys that attention reads of so many, and those that choosing reads."""
-        blocks = (lengths - self.sink - self.local) // self.block
+        blocks = (lengths - self.sink - self.recent) // self.block
         kept = lengths - (blocks - self.k) * self.block
         search = {"block": blocks, "oracle": lengths}.get(self.select, 0 * lengths)
         sparse = lengths > self.full
@@ -308,13 +308,13 @@ def chosen_blocks(scores: Tensor, lengths: Tensor, rule: Rule) -> tuple[Tensor, 
     """Eq. 6: positions (B, K, W) and which of them count; scores (B, K, n), lengths (B,)."""
     B, K, n = scores.shape
     lengths = lengths[:, None, None]
-    blocks = (lengths - rule.sink - rule.local) // rule.block  # whole ones of the middle
+    blocks = (lengths - rule.sink - rule.recent) // rule.block  # whole ones of the middle
     number = torch.arange(n, device=scores.device)
     scores = scores.masked_fill(number >= blocks, -math.inf)
     best = scores.topk(rule.k, dim=-1).indices
     inside = torch.arange(rule.block, device=scores.device)
     inner = (rule.sink + rule.block * best[..., None] + inside).flatten(2)
-    rest = torch.arange(rule.local + rule.block - 1, device=scores.device)
+    rest = torch.arange(rule.recent + rule.block - 1, device=scores.device)
     last = (rule.sink + rule.block * blocks + rest).expand(B, K, -1)
     first = torch.arange(rule.sink, device=scores.device).expand(B, K, -1)
     positions = torch.cat([first, inner, last], -1)
@@ -362,7 +362,7 @@ def rules_of(cfg: Config) -> dict[str, Rule | None]:
     """The ways to read by name: blocks, and controls that keep as many keys."""
     rules: dict[str, Rule | None] = {"dense": None}
     for select, k in product(SELECT, rising("blocks", cfg.blocks)):
-        rules[f"{select}@{k}"] = Rule(select, cfg.sink, cfg.local, cfg.block, k)
+        rules[f"{select}@{k}"] = Rule(select, cfg.sink, cfg.recent, cfg.block, k)
     return rules
 
 
@@ -462,9 +462,9 @@ def solve(cfg: Config, ways: Callable = rules_of) -> int:
         for way, rule in rules.items():
             sparsify(model, rule, cfg.dense_layers)
             began = time.process_time()
-            done = rollout(run, model, prompter, some, cfg.n, cfg.max_new_tokens, 0)
+            done = rollout(run, model, prompter, some, cfg.eval_samples, cfg.max_new_tokens, 0)
             seconds = (time.process_time() - began) / len(some)
-            for record, group in zip(found, in_groups(done, cfg.n), strict=True):
+            for record, group in zip(found, in_groups(done, cfg.eval_samples), strict=True):
                 record[way] = row = {"prompt": len(group[0].prompt), "seconds": seconds}
                 row["tokens"] = [len(c.tokens) for c in group]
                 row["right"] = [int(c.score["correct"]) for c in group]
@@ -473,7 +473,7 @@ def solve(cfg: Config, ways: Callable = rules_of) -> int:
         run.save(records)
         shown = [f"eval/accuracy/{way}" for way in rules]
         run.log(len(records), compare_reading(cfg, records, shape, rules), shown)
-        run.keep_samples(len(records), prompter, done[: cfg.n], [0.0] * cfg.n)
+        run.keep_samples(len(records), prompter, done[: cfg.eval_samples], [0.0] * cfg.eval_samples)
         if run.signal:
             break
     return run.report(compare_reading(cfg, records, shape, rules))

@@ -89,9 +89,9 @@ def rows():
 
 def kept_by_loops(q, keys, length: int, rule, row: int, head: int) -> list[int]:
     """Eq. 6 and 7 of a row and a key head, position by position."""
-    if length <= math.ceil((rule.sink + rule.local + rule.k * rule.block) / rule.block) * rule.block:
+    if length <= math.ceil((rule.sink + rule.recent + rule.k * rule.block) / rule.block) * rule.block:
         return list(range(length))
-    blocks = (length - rule.sink - rule.local) // rule.block
+    blocks = (length - rule.sink - rule.recent) // rule.block
     logits = q[row, 3 * head : 3 * head + 3, 0] @ keys[row, head, :length].T  # (3, length)
     weight = ((logits / 8**0.5).softmax(-1) if rule.select == "oracle" else logits).mean(0)
     starts = [rule.sink + rule.block * j for j in range(blocks)]

@@ -1,7 +1,7 @@
 """What reading less costs and saves, which model is worth its memory, and a real model's text.
 
     python docs/experiments/kinetics.py --seed 0                        # reading
-    python docs/experiments/kinetics.py --seed 0 --part models --n 16 --eval_problems 100
+    python docs/experiments/kinetics.py --seed 0 --part models --eval_samples 16 --eval_problems 100
     python docs/experiments/kinetics.py --seed 0 --part text --model FOLDER --data FILE
     python docs/experiments/kinetics.py --resume out/A                  # reading, only the table
     python docs/experiments/kinetics.py --part models --runs out/B      # models, only the table
@@ -199,7 +199,7 @@ def solved_text(row: dict) -> str:
 def text(cfg: Config) -> dict[str, float]:
     """Loss of reference solutions, read token by token."""
     model = load_model(resolve_model(cfg.model), "cpu").requires_grad_(False)
-    cfg.blocks, cfg.block, cfg.local = cfg.blocks or "4,8", cfg.block or 16, cfg.local or 16
+    cfg.blocks, cfg.block, cfg.recent = cfg.blocks or "4,8", cfg.block or 16, cfg.recent or 16
     lines = [json.loads(line) for line in Path(cfg.data).read_text().splitlines()]
     order = np.random.default_rng(cfg.seed).permutation(len(lines))[: 4 + cfg.eval_problems]
     shown, asked = [lines[i] for i in order[:4]], [lines[i] for i in order[4:]]
