@@ -60,12 +60,14 @@ SOLVING = {  # scripts that train nothing: the smallest flags
     "budget_forcing": "--caps 4,8,12 --max_new_tokens 20 --eval_problems 3 --waits 1,2",
     "specreason": f"--draft tiny-draft --eval_problems 2 {SPECULATION}",
     "more.best_of_n": f"--N 2 --probe 1 --width 2 --search both --eval_problems 2 {SPECULATION}",
+    "more.kinetics": "--eval_samples 2 --blocks 1,2 --block 2 --recent 2 --eval_problems 2"
+    " --max_new_tokens 12 --save_every 1",
 }
 SMALL = {script: flags for script, (flags, _) in TRAINING.items()} | SOLVING
 # flags of a run of four steps or more without evaluations; what is its last step
 LONG = dict.fromkeys(TRAINING, ("--steps 4 --eval_problems 0", 4))
 LONG |= {"budget_forcing": ("", 5), "specreason": ("--eval_problems 4", 4)}
-LONG["more.best_of_n"] = "--eval_problems 4", 4
+LONG["more.best_of_n"] = LONG["more.kinetics"] = "--eval_problems 4", 4
 
 
 @pytest.fixture(autouse=True)
