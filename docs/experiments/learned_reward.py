@@ -90,10 +90,9 @@ def main() -> None:
         name = f"{model.replace('-', '_')}_auc_finished"
         values[name] = rows[-2]["eval/auc_finished"]  # the last is that of a new head
         tasks[model] = f"more/learned_reward.py:LearnedReward:folder={out / model}"
-        flags = [*base, *seed, *EVALUATION, "--task", tasks[model]]
-        [row] = run_script(out / f"before-{model}", "grpo.py", *flags)
-        before = "before" if model == "rm" else "before_weak"
-        values |= {before: row["eval/accuracy"]} | details(before, row)
+    flags = [*base, *seed, *EVALUATION, "--task", tasks["rm"]]
+    [row] = run_script(out / "before", "grpo.py", *flags)
+    values |= {"before": row["eval/accuracy"]} | details("before", row)
     for arm in args.arms.split(","):
         model, weights = ARMS[arm]
         spec = ["--task", f"{tasks[model]},{weights}"]
