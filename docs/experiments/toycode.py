@@ -1,6 +1,7 @@
 """AceCoder (arXiv:2502.01718) on ToyCode: pairs by pass rates, a reward model, best of 16.
 
     python docs/experiments/toycode.py --seed 0 --out out/toycode-0
+    python docs/experiments/toycode.py --seed 1 --policy out/toycode-0/policy --out out/toycode-1
 
 sft.py makes a policy of 4 layers from nothing, which answers 300 training problems 16 times. Its
 programs are run on the hidden tests, and pairs of eq. 6 (more/reward_model.py) train a reward model
@@ -122,12 +123,14 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000, help="of sft.py")
+    parser.add_argument("--policy", type=Path, help="run of sft.py, else one is made")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    out = args.out.resolve() / "policy"
-    flags = f"--task toycode --num_layers 4 --steps {args.steps} --eval_problems 0"
-    run_script(out, "sft.py", *flags.split(), "--seed", str(args.seed))
+    out = args.policy or args.out.resolve() / "policy"
+    if not args.policy:
+        flags = f"--task toycode --num_layers 4 --steps {args.steps} --eval_problems 0"
+        run_script(out, "sft.py", *flags.split(), "--seed", str(args.seed))
     policy = out / f"step-{args.steps:06d}"
     cfg = rm.Config(model=str(policy), task="toycode", seed=args.seed, lr=3e-4, device="cpu")
     cfg.micro_batch_tokens = 2048
