@@ -17,6 +17,9 @@ Claims, written before the run of seeds 0, 1, 2 (nothing was tuned on them):
     after - shuffled_after >= 0.03      what a token's reward says of its answer counts
     line_auc >= 0.60                    it finds wrong lines, the one direct test of "process"
     cpu_seconds <= 1.7 * rloo_cpu_seconds
+and before those of arm offline, on these seeds:
+    after - offline_after >= 0.03       a PRM that is left behind by its policy is worth less
+    pair_accuracy >= offline_pair_accuracy
 
 Line AUC: on answers of the trained policy to held-out problems, whether the sum of q over a line of
 the search is lower where docs/experiments/specreason.py's `grade_step` calls the line wrong, in

@@ -1,12 +1,15 @@
 """AceCoder (arXiv:2502.01718) on ToyCode: pairs by pass rates, a reward model, best of 16.
 
     python docs/experiments/toycode.py --seed 0 --out out/toycode-0
+    python docs/experiments/toycode.py --seed 1 --policy out/toycode-0/policy --out out/toycode-1
 
 sft.py makes a policy of 4 layers from nothing, which answers 300 training problems 16 times. Its
 programs are run on the hidden tests, and pairs of eq. 6 (more/reward_model.py) train a reward model
 of the policy, 100 steps of 10 pairs. It picks one of 16 answers to each of 150 unseen problems.
 Controls: every difference of pass rates is a pair; the strict pairs with labels at random; no model,
-but the first program that passes most of the shown tests. Claims, written before the runs:
+but the first program that passes most of the shown tests. Also printed: checks_true, the share of
+the checks in the thoughts that state the program's value and the right mark; mark_true, the share of
+answers whose last mark says whether it passes the shown tests. Claims, written before the runs:
 
     pair_share >= 0.15                   of the training problems give a pair; else nothing is claimed
     best_of_16 - mean >= 0.10            all hidden tests pass
@@ -18,6 +21,7 @@ but the first program that passes most of the shown tests. Claims, written befor
 import argparse
 import copy
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -29,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 from docs.experiments.learned_reward import run_script  # noqa: E402
 from more import reward_model as rm  # noqa: E402
+from more.tasks import run_toy  # noqa: E402
 from rewards import epoch_order, heldout, in_groups, make_task, mean, pass_at_k  # noqa: E402
 
 TRAINING, UNSEEN, ANSWERS, LIMIT = 300, 150, 16, 160
@@ -91,17 +96,41 @@ def aucs(groups: list, scores: list[float]) -> float:
     return rm.auc_within(found)
 
 
+def stated_checks(thought: str, shown: list) -> list[bool]:
+    """Of each check `;x:...=value+`, whether program and shown pair say the same.
+
+    >>> stated_checks("f(x)=(x+1);3:(3+1)=4+;-2:(-2+1)=1-", [[[3], 4], [[-2], 5]])
+    [True, False]
+    """
+    found, wanted = [], {x: y for [x], y in shown}
+    for line in thought.split("\n"):
+        program, *checks = line.split(";")
+        for check in checks:
+            parts = re.fullmatch(r"(-?[0-9]+):.*=(-?[0-9]+|e)([+-])", check)
+            if parts is None:
+                found.append(False)
+                continue
+            x, value, mark = int(parts[1]), parts[2], parts[3]
+            status, output = run_toy(program, [x])
+            same = value == (str(output) if status == "ok" else "e")
+            passes = status == "ok" and output == wanted.get(x)
+            found.append(same and passes == (mark == "+"))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=400, help="of sft.py")
+    parser.add_argument("--steps", type=int, default=1000, help="of sft.py")
+    parser.add_argument("--policy", type=Path, help="run of sft.py, else one is made")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    out = args.out.resolve() / "policy"
-    flags = f"--task toycode --num_layers 4 --steps {args.steps} --eval_problems 0"
-    run_script(out, "sft.py", *flags.split(), "--seed", str(args.seed))
+    out = args.policy or args.out.resolve() / "policy"
+    if not args.policy:
+        flags = f"--task toycode --num_layers 4 --steps {args.steps} --eval_problems 0"
+        run_script(out, "sft.py", *flags.split(), "--seed", str(args.seed))
     policy = out / f"step-{args.steps:06d}"
     cfg = rm.Config(model=str(policy), task="toycode", seed=args.seed, lr=3e-4, device="cpu")
     cfg.micro_batch_tokens = 2048
@@ -123,12 +152,17 @@ def main() -> None:
     done = sum(groups, [])
     right = [sum(c.score["correct"] for c in group) for group in groups]
     shown = [c.score.get("shown", 0) for c in done]
+    true_checks = []
+    for c in done:
+        true_checks += stated_checks(c.text.partition("</think>")[0], c.problem["shown"])
     strict = pairs_of(cfg, learnt, "strict")
     everything = pairs_of(cfg, learnt, "any")
     values = {
         "mean": mean(c.score["correct"] for c in done),
         "pass_rate": mean(c.score.get("passed", 0) / c.score.get("tests", 1) for c in done),
         "greedy": mean(greedy),
+        "checks_true": mean(true_checks),
+        "mark_true": mean(task.describe(c.text, c.problem)["mark_true"] for c in done),
         "oracle": mean(pass_at_k(ANSWERS, count, ANSWERS) for count in right),
         "most_shown": mean(picked(groups, shown)),
         "pair_share": len({e.prompt for e in strict}) / TRAINING,
