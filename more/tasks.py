@@ -878,6 +878,10 @@ class AffineChain:
     def answer(self, problem: dict) -> str:
         return self.steps(problem)[-1].rpartition("=")[2]
 
+    def trace(self, problem: dict, rng: random.Random) -> str:
+        """A step a line, then the answer; first a line break, as a digit ends the prompt."""
+        return "\n".join(["", *self.steps(problem), self.answer(problem)])
+
     def score(self, text: str, problem: dict, **kw) -> dict:
         return score_last_line(text, self.answer(problem), **kw)
 

@@ -217,6 +217,7 @@ def test_steps_lead_to_the_answer(spec):
 def test_affine_chain_by_hand():
     problem = {"start": 6, "operations": ["*6", "+1", "*3"]}
     assert tasks.AffineChain().steps(problem) == ["6*6=1", "1+1=2", "2*3=6"]
+    assert tasks.AffineChain().trace(problem, None) == "\n6*6=1\n1+1=2\n2*3=6\n6"
     assert tasks.AffineChain(modulus=10).steps(problem) == ["6*6=6", "6+1=7", "7*3=1"]
     for text, right in [("### 1,080", 1), ("x\n#### 1080\n", 1), ("# 1080 #", 0), ("", 0)]:
         assert tasks.score_last_line(text, "1080")["correct"] == right

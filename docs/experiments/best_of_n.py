@@ -14,9 +14,11 @@ and so is the AUC among answers that all claim.
 
     python docs/experiments/best_of_n.py --seed 0
     python docs/experiments/best_of_n.py --resume out/A        # only the tables, again
+    python docs/experiments/best_of_n.py --verifier FOLDER     # with a reward model's votes
 
 Claims, written down before the runs of seeds 0, 1, 2 (names as in docs/results/best_of_n.json) are
-in CLAIMS; the ends of their lines say what a prototype (one seed, 120 problems) led to expect.
+in CLAIMS; the ends of their lines say what a prototype (one seed, 120 problems) led to expect. What
+is chosen by difficulty (optimal, single) is chosen among ways without a reward model.
 """
 
 import math
@@ -44,6 +46,12 @@ CLAIMS = [
     "abs(fsf_16 - claim_16) <= 0.03",  # 0.907: what FSF knows is the claim
     "auc_fsf_claiming >= 0.60",  # 0.561: no
 ]
+MODEL_CLAIMS = [  # with --verifier, a checkpoint of python more/reward_model.py --seed S
+    "vote_model_8 >= majority_8",  # 0.940, 0.930
+    "best_model_16 >= mean + 0.15",  # 0.917, 0.661
+    "best_model_16 <= majority_16",  # 0.955
+]
+PICTURE = "majority", "vote_likelihood", "vote_model", "best_likelihood", "best_fsf", "best_rule"
 MORE = {f"best_{name}": name for name in ("fsf", "review", "claim", "tries")}
 
 
@@ -136,9 +144,38 @@ def every(answer: dict) -> bool:
     return True
 
 
+def without_model(record: dict) -> dict:
+    """The record of a run without --verifier."""
+    answers = []
+    for answer in record["answers"]:
+        scores = {name: r for name, r in answer["score"].items() if name != "model"}
+        answers.append(answer | {"score": scores})
+    return record | {"answers": answers}
+
+
+def bins_of(records: list[dict], n: int) -> dict[str, float]:
+    """The values of docs/results/best_of_n_bins.json of a seed: those of docs/best_of_n.svg."""
+    metrics, values = compare_ways(records, n), {}
+    for name in best_of_n.BINS:
+        some = [r["answers"] for r in records if bin_of(r) == name]
+        values[f"problems_{name}"] = len(some)
+        values[f"tokens_{name}"] = mean(answer["tokens"] for group in some for answer in group)
+        for way in PICTURE:
+            for size in [2**power for power in range(n.bit_length())]:
+                key = f"eval/accuracy/{way}@{size}/{name}"
+                if key in metrics:
+                    values[f"{way}_{size}_{name}"] = metrics[key]
+    return values
+
+
+def bin_of(record: dict) -> str:
+    """As compare_ways tells it."""
+    return next(name for name, least in best_of_n.BINS.items() if record["share"] >= least)
+
+
 def values_of(records: list[dict], n: int) -> dict[str, float]:
     """The values of docs/results/best_of_n.json of a seed."""
-    before = compare_ways(records, n)
+    before = compare_ways([without_model(record) for record in records], n)
     best_of_n.WAYS.update(MORE)
     rows = [outcomes(record, n) for record in records]
     answers = [answer for record in records for answer in record["answers"]]
@@ -160,7 +197,8 @@ def values_of(records: list[dict], n: int) -> dict[str, float]:
     for size in (4, n):
         for name in ("optimal", "single"):
             values[f"{name}_{size}"] = before[f"eval/{name}@{size}"]
-    for score in ("likelihood", "sum", "shortest", "fsf"):
+    scores = ["likelihood", "sum", "shortest", "fsf", "model"]
+    for score in [name for name in scores if name in answers[0]["score"]]:
         values[f"auc_{score}"] = auc_of(records, score, every)
         values[f"auc_{score}_finished"] = auc_of(records, score, is_finished)
         values[f"auc_{score}_claiming"] = auc_of(records, score, claims_hit)
@@ -179,10 +217,12 @@ def run_and_read(cfg: Config) -> int:
     if code:
         return code
     folder = Path(cfg.resume or cfg.out or max(set(Path("out").glob("*")) - before))
-    values = values_of(read_json(checkpoints(folder)[-1] / "records.json")["records"], cfg.N)
-    for name, value in values.items():
+    records = read_json(checkpoints(folder)[-1] / "records.json")["records"]
+    values = values_of(records, cfg.N)
+    for name, value in (values | bins_of(records, cfg.N)).items():
         print(f"{name:28}{value:9.3f}")
-    for claim in CLAIMS if cfg.N == 16 else []:
+    claims = [*CLAIMS, *(MODEL_CLAIMS if cfg.verifier else [])]
+    for claim in claims if cfg.N == 16 else []:
         print(f"{'held' if holds(claim, values) else 'NOT held':9}{claim}")
     return 0
 
