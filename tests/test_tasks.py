@@ -222,6 +222,18 @@ def test_affine_chain_by_hand():
         assert tasks.score_last_line(text, "1080")["correct"] == right
 
 
+def test_resolve_by_hand_and_what_it_does_not_need():
+    lines = [["c", 2, "b"], ["d", 1, ""], ["a", 3, ""], ["b", 4, "a"], ["e", 0, "a"]]
+    task, problem = make_task("resolve"), {"lines": lines, "asked": "c"}
+    assert (task.plan(problem), task.steps(problem)) == ("a b c", ["3", "2", "4"])
+    assert task.compact(problem) == "c2b;d1;a3;b4a;e0a?c"
+    for p in (task.problem("train", 0, i) for i in range(200)):
+        names = task.plan(p).split()
+        spare = [before for name, _, before in p["lines"] if name not in names]
+        assert len(p["lines"]) == len(names) + 2 and "" in spare and set(spare) & set(names)
+        assert task.score("\n".join([*task.steps(p), task.answer(p)]), p)["correct"]
+
+
 def test_s3_is_the_symmetric_group():
     pairs = [x + y for x, y in itertools.product("abcdef", repeat=2)]
     product = {pair: tasks.S3().products({"elements": pair})[1] for pair in pairs}
@@ -249,6 +261,10 @@ def test_chain_files(tmp_path):
     bad = write(tmp_path / "d", [CHAIN, CHAIN | {"steps": "2+3=5"}])
     with pytest.raises(BadInput, match='line 2: "steps" must be a list of text'):
         make_task("chains", bad)
+    bad = write(tmp_path / "e", [CHAIN | {"plan": plan} for plan in ("add, double", "p", "q", " ")])
+    with pytest.raises(BadInput, match="e, line 4: plan is missing or empty"):
+        make_task("plans", bad)
+    assert tasks.read_chains(bad)[0] == CHAIN
 
 
 def test_notations_pay_for_the_first_one():
