@@ -935,23 +935,25 @@ class S3:
         return score_last_line(text, self.answer(problem), **kw)
 
 
+OPERATIONS = {"a": "+1", "b": "+2", "c": "+3", "d": "+4", "e": "*2", "f": "*3"}
+
+
 @dataclass
 class Resolve:
-    """Definitions out of order, and a variable to resolve, here c: a = 3, b = 4 + a, c = 2 + b.
+    """Definitions out of order, and a variable to resolve, here c: a = 3, b = a + 2, c = b + 3.
 
-    The plan is the order in which they are needed, a b c. The steps are values alone, 3, 2, 4, so
-    that the order cannot be read in them. Two definitions are not needed, one of them a constant.
+    The plan is the order in which they are needed, a b c. The steps are values alone, 3, 0, 3, so
+    that the order cannot be read in them. A variable is always made by the same operation, so that
+    models/ need not be told. One definition is not needed, which may be a constant.
     """
 
     min_variables: int = 2  # that are needed
     max_variables: int = 3
     modulus: int = 5
 
-    LETTERS = "abcdef"
-
     def __post_init__(self):
-        if not 1 <= self.min_variables <= self.max_variables <= len(self.LETTERS) - 2:
-            raise BadInput(f"{self}: 1 to 4 variables, the first number at most the second")
+        if not 1 <= self.min_variables <= self.max_variables < len(OPERATIONS):
+            raise BadInput(f"{self}: 1 to 5 variables, the first number at most the second")
         if not 3 <= self.modulus <= 10:
             raise BadInput(f"{self}: modulus 3 to 10: a value is one digit")
 
@@ -959,45 +961,46 @@ class Resolve:
         rng = random.Random(f"resolve {split} {seed} {index}")
         while True:  # as above
             count = rng.randint(self.min_variables, self.max_variables)
-            *names, constant, other = rng.sample(self.LETTERS, count + 2)
-            befores = ["", *names[:-1], "", rng.choice(names)]
-            lines = []
-            for name, before in zip([*names, constant, other], befores, strict=True):
-                lines.append([name, rng.randrange(self.modulus), before])
+            *names, other = rng.sample(list(OPERATIONS), count + 1)
+            first, second = (str(rng.randrange(self.modulus)) for _ in range(2))
+            sources = [first, *names[:-1], rng.choice([second, *names])]
+            lines = [list(line) for line in zip([*names, other], sources, strict=True)]
             rng.shuffle(lines)
             problem = {"lines": lines, "asked": names[-1]}
             if split_of(self.key(problem)) == split:
                 return problem
 
     def compact(self, problem: dict) -> str:
-        """c2b is c = 2 + b: a3;c2b;d1;b4a;e4b?c."""
-        lines = [f"{name}{digit}{before}" for name, digit, before in problem["lines"]]
+        """a3 is a = 3, cb is c = b + 3: cb;a3;ba;db?c."""
+        lines = [name + source for name, source in problem["lines"]]
         return f"{';'.join(lines)}?{problem['asked']}"
 
     key = compact
 
     def question(self, problem: dict) -> str:
         lines = []
-        for name, digit, before in problem["lines"]:
-            lines.append(f"{name} = {digit} + {before}" if before else f"{name} = {digit}")
+        for name, source in problem["lines"]:
+            sign, number = OPERATIONS[name]
+            lines.append(f"{name} = {source}" + ("" if source.isdigit() else f" {sign} {number}"))
         return f"{', '.join(lines)}, all modulo {self.modulus}. What is {problem['asked']}?"
 
-    def order(self, problem: dict) -> list[tuple[str, int]]:
-        """(variable, number added) from the constant to the one that is asked for."""
-        definitions = {name: (digit, before) for name, digit, before in problem["lines"]}
-        name, found = problem["asked"], []
-        while name:
-            digit, before = definitions[name]
-            found.append((name, digit))
-            name = before
+    def order(self, problem: dict) -> list[str]:
+        """The constant, then the variables from the first to the one that is asked for."""
+        sources, found = dict(problem["lines"]), [problem["asked"]]
+        while found[-1] in sources:
+            found.append(sources[found[-1]])
         return found[::-1]
 
     def plan(self, problem: dict) -> str:
-        return " ".join(name for name, _ in self.order(problem))
+        return " ".join(self.order(problem)[1:])
 
     def steps(self, problem: dict) -> list[str]:
-        sums = itertools.accumulate(digit for _, digit in self.order(problem))
-        return [str(value % self.modulus) for value in sums]
+        constant, _, *names = self.order(problem)
+        values = [int(constant)]
+        for name in names:
+            sign, number = OPERATIONS[name]
+            values.append(ARITHMETIC[sign](values[-1], int(number)) % self.modulus)
+        return [str(value) for value in values]
 
     def answer(self, problem: dict) -> str:
         return self.steps(problem)[-1]

@@ -14,7 +14,7 @@ import sft
 from more import r_capsule
 from rewards import make_task
 
-LINES = [["c", 2, "b"], ["d", 1, ""], ["a", 3, ""], ["b", 4, "a"], ["e", 0, "a"]]
+LINES = [["c", "b"], ["d", "1"], ["a", "3"], ["b", "a"], ["e", "a"]]
 PROBLEM = {"lines": LINES, "asked": "c"}
 
 
@@ -157,8 +157,8 @@ def test_the_decoder_is_one_layer_over_capsules_and_plan(tmp_path):
     torch.testing.assert_close(decoder(capsules, plan), states[:, 1:])
 
 
-WRITTEN = {"capsule": "3\n2\n4\n4", "steps": "3\n2\n4\n4", "answer": "4"}
-WRITTEN["plan"] = "a b c\n3\n2\n4\n4"
+WRITTEN = {"capsule": "3\n0\n3\n3", "steps": "3\n0\n3\n3", "answer": "3"}
+WRITTEN["plan"] = "a b c\n3\n0\n3\n3"
 
 
 @pytest.mark.parametrize("mode", WRITTEN)
@@ -167,7 +167,7 @@ def test_rows_of_every_mode(tmp_path, mode):
     ids, mask, plan = prompter.row(PROBLEM)
     slots = "<bot><latent><latent><eot>" if mode == "capsule" else ""
     given = prompter.text(PROBLEM)
-    assert given == "c2b;d1;a3;b4a;e0a?c\n" + slots
+    assert given == "cb;d1;a3;ba;ea?c\n" + slots
     assert prompter.decode(ids) == given + WRITTEN[mode] + "<eos>"
     assert prompter.decode(ids[mask.index(1) :]) == WRITTEN[mode] + "<eos>" and mask[-1] == 1
     assert prompter.decode(plan) == "a b c<eos>"

@@ -223,14 +223,15 @@ def test_affine_chain_by_hand():
 
 
 def test_resolve_by_hand_and_what_it_does_not_need():
-    lines = [["c", 2, "b"], ["d", 1, ""], ["a", 3, ""], ["b", 4, "a"], ["e", 0, "a"]]
-    task, problem = make_task("resolve"), {"lines": lines, "asked": "c"}
-    assert (task.plan(problem), task.steps(problem)) == ("a b c", ["3", "2", "4"])
-    assert task.compact(problem) == "c2b;d1;a3;b4a;e0a?c"
+    lines = [["e", "b"], ["d", "1"], ["a", "3"], ["b", "a"], ["c", "a"]]
+    task, problem = make_task("resolve"), {"lines": lines, "asked": "e"}
+    assert (task.plan(problem), task.steps(problem)) == ("a b e", ["3", "0", "0"])
+    assert task.compact(problem) == "eb;d1;a3;ba;ca?e"
+    assert task.question(problem).startswith("e = b * 2, d = 1, a = 3, b = a + 2, c = a + 3, all")
     for p in (task.problem("train", 0, i) for i in range(200)):
         names = task.plan(p).split()
-        spare = [before for name, _, before in p["lines"] if name not in names]
-        assert len(p["lines"]) == len(names) + 2 and "" in spare and set(spare) & set(names)
+        [spare] = [source for name, source in p["lines"] if name not in names]
+        assert (spare.isdigit() or spare in names) and len(p["lines"]) == len(names) + 1
         assert task.score("\n".join([*task.steps(p), task.answer(p)]), p)["correct"]
 
 
