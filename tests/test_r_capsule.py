@@ -19,7 +19,7 @@ PROBLEM = {"lines": LINES, "asked": "c"}
 
 
 def made(folder: Path, flags: str = "", source: str = "scratch") -> tuple:
-    """(config, model, prompter) of a start, with weights of both kinds that are not 0."""
+    """(config, model, prompter) of a start, with biases that are not 0."""
     flags = f"--num_layers 2 --hidden_size 32 --lr 1e-3 --micro_batch_tokens 64 {flags}"
     cfg = r_capsule.parse_config(r_capsule.Config, flags.split())
     folder.mkdir(exist_ok=True)
@@ -36,11 +36,6 @@ def made(folder: Path, flags: str = "", source: str = "scratch") -> tuple:
         nn.init.normal_(model.capsule.project.bias)
         nn.init.normal_(model.capsule.widen.bias)
     return cfg, model, r_capsule.CapsulePrompter(model, make_task(cfg.task), cfg)
-
-
-def parts_of(cfg, model) -> nn.ModuleDict:
-    decoder = r_capsule.PlanDecoder(model.config, cfg.bottleneck, 0)
-    return nn.ModuleDict({"model": model, "decoder": decoder})
 
 
 def rows_of(prompter) -> list[tuple]:
@@ -87,25 +82,26 @@ def test_eq1_a_batch_equals_rows_recomputed(tmp_path, k):
     torch.testing.assert_close(capsules, torch.stack([c for _, c in alone]), atol=1e-11, rtol=0)
     weights = torch.arange(found.numel()).double().sin().view_as(found)
     trained = [*model.model.parameters(), *model.capsule.parameters()]
-    pairs = [torch.autograd.grad((x * weights).sum(), trained) for x in (found, wanted)]
-    for ours, theirs in zip(*pairs, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+    ours, theirs = (torch.autograd.grad((x * weights).sum(), trained) for x in (found, wanted))
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
 
 
 def test_eq1_sampling_through_the_cache(tmp_path):
     """Prompts decoded together are continued as each alone without a cache."""
     _, model, prompter = made(tmp_path)
-    prompts = [prompter.encode(prompter.text(prompter.task.problem("test", 0, i))) for i in range(6)]
+    texts = [prompter.text(prompter.task.problem("test", 0, i)) for i in range(6)]
+    prompts = [prompter.encode(text) for text in texts]
     done = r_capsule.generate(model, prompts, torch.zeros(6, 5), temperature=0.0)
-    for ids, tokens in zip(prompts, done.tokens.tolist(), strict=True):
-        for token in tokens[: tokens.index(1) + 1 if 1 in tokens else None]:
+    rows = done.tokens.tolist(), done.lengths.tolist()
+    for ids, tokens, length in zip(prompts, *rows, strict=True):
+        for token in tokens[:length]:
             states, _ = recomputed(model, ids)
             assert model.logits(states[-1]).argmax() == token
             ids = [*ids, token]
 
 
 def test_eq2_by_hand():
-    """-log p of two tokens over N = 4, lambda times that of a plan token over 5."""
+    """-log p of two tokens over 4, lambda times that of a plan's token over 5."""
     logs = torch.tensor([[0.5, 1.0], [0.25, 1.0]]).log(), torch.tensor([[0.1]]).log()
     terms = r_capsule.capsule_loss(*logs, (4, 5), 2.0)
     assert [term.item() for term in terms] == pytest.approx([0.51986, 0.92103], abs=1e-5)
@@ -130,11 +126,12 @@ def test_without_capsules_the_loss_is_that_of_sft(tmp_path):
 
 
 def test_both_losses_reach_the_bottleneck(tmp_path):
-    """W_p has a gradient from eq. 2's first term, which lambda does not change, and the second."""
+    """W_p has a gradient from the first term of eq. 2, and lambda times one from the second."""
     found = []
     for recon in (0, 1, 3):
         cfg, model, prompter = made(tmp_path / str(recon), f"--recon {recon}")
-        parts = parts_of(cfg, model)
+        decoder = r_capsule.PlanDecoder(model.config, cfg.bottleneck, 0)
+        parts = nn.ModuleDict({"model": model, "decoder": decoder})
         metrics, gradient = gradient_of(cfg, parts, prompter)
         shares = gradient.split([weight.numel() for weight in parts.parameters()])
         names = [name for name, _ in parts.named_parameters()]
@@ -149,8 +146,8 @@ def test_both_losses_reach_the_bottleneck(tmp_path):
 def test_the_decoder_is_one_layer_over_capsules_and_plan(tmp_path):
     """As a model of one layer that reads both as embeddings."""
     cfg, model, _ = made(tmp_path)
-    decoder = r_capsule.PlanDecoder(model.config, 16, 0)
-    one = r_capsule.Model(model.config | {"num_hidden_layers": 1})
+    one, decoder = r_capsule.Model(model.config), r_capsule.PlanDecoder(model.config, 16, 0)
+    one.model.layers = one.model.layers[:1]
     one.model.layers[0].load_state_dict(decoder.layer.state_dict())
     capsules, plan = torch.randn(3, 2, 16), torch.randn(3, 4, 32)
     states = one(torch.cat([decoder.widen(capsules), plan], 1))
@@ -199,7 +196,6 @@ def test_markers_for_a_vocabulary_without_them(tmp_path, small):
     text = text.replace("<bot>", "<a>").replace("<latent>", "<b>").replace("<eot>", "<c>")
     (other / "tokenizer.json").write_text(text, encoding="utf-8")
     _, model, prompter = made(tmp_path / "made", f"--model {other} --k 3", str(other))
-    ids = prompter.encode(prompter.text(PROBLEM))
-    size = len(load_file(small / "model.safetensors")["model.embed_tokens.weight"])
+    ids, size = prompter.encode(prompter.text(PROBLEM)), 230
     assert ids[-5:] == [size, *[size + 1] * 3, size + 2]
     assert r_capsule.capsule_forward(model, torch.tensor([ids]))[1].shape == (1, 3, 16)
