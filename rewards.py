@@ -408,7 +408,7 @@ def describe_evaluation(done: list, k: int, task) -> dict[str, float]:
 #   key(problem)                 what makes two problems the same; here its hash decides the split
 #   trace(problem, rng)          a completion for sft.py to imitate, its thought in lines
 #   describe(text, problem)      numbers that say what a completion did
-#   steps(problem), answer(...)  texts that coconut.py learns, MARKER before the answer
+#   steps, answer, plan          (problem): for coconut.py, more/r_capsule.py; MARKER: answer's
 # Fields of a dataclass are knobs (--task name:knob=value); NATURAL: defaults for real models.
 
 INSTRUCTION = "Think inside <think> </think> tags, then give the final answer inside "
@@ -624,7 +624,7 @@ TASKS = {"countdown": Countdown, "gsm8k": GSM8K, "math": Math}  # below: more/ta
 TASKS |= {"multiplication": "Multiplication", "generalpoints": "GeneralPoints", "code": "Code"}
 TASKS |= {"knights": "KnightsAndKnaves", "navigation": "Navigation", "notations": "Notations"}
 TASKS |= {"affine": "AffineChain", "s3": "S3", "prosqa": "ProsQA", "chains": "Chains"}
-TASKS |= {"toycode": "ToyCode"}
+TASKS |= {"toycode": "ToyCode", "resolve": "Resolve", "plans": "Plans"}
 
 
 def task_class(spec: str) -> tuple[str, type, str]:

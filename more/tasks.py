@@ -6,14 +6,17 @@
     multiplication Multiplication    products of two integers (TinyZero)
     affine         AffineChain       additions and multiplications, one after the other
     s3             S3                the word problem of the smallest group where order matters
+    resolve        Resolve           definitions out of order, of which some lead to the answer
     prosqa         ProsQA            two concepts, one above a node of a graph (2412.06769 app. A.2)
     chains         Chains            problems with steps, from a file: ProsQA, ProntoQA, GSM8K-Aug
+    plans          Plans             the same with a plan before the steps (R-Capsule, 2509.22131)
     notations      Notations         countdown in two notations (R1's language mixing, 2501.12948)
     code           Code              programs against tests, from a file (AceCode, 2502.01718)
     toycode        ToyCode           the program behind three inputs and outputs (its stand-in)
 
 rewards.py says what a task is, and knows these by their short names. What stands here, one
-experiment or one script uses: those of docs/sft_experiments.md, coconut.py, recurrent_depth.py.
+experiment or one script uses: those of docs/sft_experiments.md, coconut.py, recurrent_depth.py,
+more/r_capsule.py.
 """
 
 import functools
@@ -936,6 +939,80 @@ class S3:
         return score_last_line(text, self.answer(problem), **kw)
 
 
+OPERATIONS = {"a": "+1", "b": "+2", "c": "+3", "d": "+4", "e": "*2", "f": "*3"}
+
+
+@dataclass
+class Resolve:
+    """Definitions out of order, and a variable to resolve, here c: a = 3, b = a + 2, c = b + 3.
+
+    The plan is the order in which they are needed, a b c. The steps are values alone, 3, 0, 3, so
+    that the order cannot be read in them. A variable is always made by the same operation, so that
+    models/ need not be told. One definition is not needed, which may be a constant.
+    """
+
+    min_variables: int = 2  # that are needed
+    max_variables: int = 3
+    modulus: int = 5
+
+    def __post_init__(self):
+        if not 1 <= self.min_variables <= self.max_variables < len(OPERATIONS):
+            raise BadInput(f"{self}: 1 to 5 variables, the first number at most the second")
+        if not 3 <= self.modulus <= 10:
+            raise BadInput(f"{self}: modulus 3 to 10: a value is one digit")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        rng = random.Random(f"resolve {split} {seed} {index}")
+        while True:  # as above
+            count = rng.randint(self.min_variables, self.max_variables)
+            *names, other = rng.sample(list(OPERATIONS), count + 1)
+            first, second = (str(rng.randrange(self.modulus)) for _ in range(2))
+            sources = [first, *names[:-1], rng.choice([second, *names])]
+            lines = [list(line) for line in zip([*names, other], sources, strict=True)]
+            rng.shuffle(lines)
+            problem = {"lines": lines, "asked": names[-1]}
+            if split_of(self.key(problem)) == split:
+                return problem
+
+    def compact(self, problem: dict) -> str:
+        """a3 is a = 3, cb is c = b + 3: cb;a3;ba;db?c."""
+        lines = [name + source for name, source in problem["lines"]]
+        return f"{';'.join(lines)}?{problem['asked']}"
+
+    key = compact
+
+    def question(self, problem: dict) -> str:
+        lines = []
+        for name, source in problem["lines"]:
+            sign, number = OPERATIONS[name]
+            lines.append(f"{name} = {source}" + ("" if source.isdigit() else f" {sign} {number}"))
+        return f"{', '.join(lines)}, all modulo {self.modulus}. What is {problem['asked']}?"
+
+    def order(self, problem: dict) -> list[str]:
+        """The constant, then the variables from the first to the one that is asked for."""
+        sources, found = dict(problem["lines"]), [problem["asked"]]
+        while found[-1] in sources:
+            found.append(sources[found[-1]])
+        return found[::-1]
+
+    def plan(self, problem: dict) -> str:
+        return " ".join(self.order(problem)[1:])
+
+    def steps(self, problem: dict) -> list[str]:
+        constant, _, *names = self.order(problem)
+        values = [int(constant)]
+        for name in names:
+            sign, number = OPERATIONS[name]
+            values.append(ARITHMETIC[sign](values[-1], int(number)) % self.modulus)
+        return [str(value) for value in values]
+
+    def answer(self, problem: dict) -> str:
+        return self.steps(problem)[-1]
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return score_last_line(text, self.answer(problem), **kw)
+
+
 # ---------------------------------------------------------------------------------- ProsQA
 
 
@@ -1088,10 +1165,12 @@ class Chains(GSM8K):
     test: str = ""
 
     MARKER = "### "
+    needs = ()
 
     def __post_init__(self):
-        self.streams = {"train": [], "test": read_chains(self.test) if self.test else []}
-        for problem in read_chains(self.data):
+        test = read_chains(self.test, self.needs) if self.test else []
+        self.streams = {"train": [], "test": test}
+        for problem in read_chains(self.data, self.needs):
             split = "train" if self.test else split_of(self.key(problem))
             self.streams[split].append(problem)
 
@@ -1108,13 +1187,23 @@ class Chains(GSM8K):
         return score_last_line(text, problem["answer"], **kw)
 
 
-def read_chains(path: str) -> list[dict]:
-    """{"question", "steps", "answer"} of each problem in a file."""
+@dataclass
+class Plans(Chains):
+    """Chains whose problems have a plan: JSON {"question", "plan", "steps", "answer"}."""
+
+    needs = ("plan",)
+
+    def plan(self, problem: dict) -> str:
+        return problem["plan"]
+
+
+def read_chains(path: str, needs: Sequence[str] = ()) -> list[dict]:
+    """{"question", "steps", "answer"} of each problem in a file, and what a task needs more."""
     if not path:
         raise BadInput("Chains reads a file: give --data FILE, or the knob data=FILE")
     with reading(f"cannot read the data file {path}"):
         text = Path(path).read_text(encoding="utf-8-sig")
-    return read_rows(path, *items_of(text), read_chain)
+    return read_rows(path, *items_of(text), functools.partial(read_chain, needs=needs))
 
 
 def items_of(text: str) -> tuple[str, list[tuple]]:
@@ -1129,7 +1218,7 @@ def items_of(text: str) -> tuple[str, list[tuple]]:
     return "item", list(enumerate(whole if isinstance(whole, list) else [whole], 1))
 
 
-def read_chain(item: str | dict) -> dict:
+def read_chain(item: str | dict, needs: Sequence[str] = ()) -> dict:
     """One problem of `read_chains`.
 
     >>> read_chain("2 and 3?||<<2+3=5>> <<5*2=10>> #### 10")
@@ -1147,7 +1236,12 @@ def read_chain(item: str | dict) -> dict:
     if not isinstance(item, dict) or not strings(item.get("steps")):
         raise BadInput('"steps" must be a list of texts')
     question, answer = text_of(item, "question"), text_of(item, "answer")
-    return {"question": question, "steps": item["steps"], "answer": answer}
+    problem = {"question": question, "steps": item["steps"], "answer": answer}
+    for name in needs:
+        if not isinstance(item.get(name), str) or not item[name].strip():
+            raise BadInput(f"{name} is missing or empty")
+        problem[name] = item[name]
+    return problem
 
 
 def from_prontoqa(item: dict) -> dict:

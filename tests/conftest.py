@@ -54,6 +54,7 @@ TRAINING = {
         f"{GROUPS} --task {ROOT}/tests/coin.py:Coin --prm_updates 1",
         "--prm tiny --prm_beta 1 --prm_updates 2 --updates 2 --lr 0.01 --prm_lr 0.01",
     ),
+    "more.r_capsule": (WARM, "--k 3 --bottleneck 8 --recon 0.5 --lr 0.01"),
 }
 SPECULATION = "--max_new_tokens 12 --max_step_tokens 6 --save_every 1"
 SOLVING = {  # scripts that train nothing: the smallest flags

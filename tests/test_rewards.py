@@ -86,7 +86,7 @@ def test_an_interrupted_request_leaves_no_reply_for_the_next(monkeypatch):
 
 
 TASKS = "countdown generalpoints:turns=3 knights multiplication navigation notations affine s3 "
-TASKS += "prosqa generalpoints:rule=13,faces=1,basics=0.4"
+TASKS += "prosqa resolve generalpoints:rule=13,faces=1,basics=0.4"
 NATURAL = "countdown multiplication generalpoints:cards=3 knights navigation:grain=1"
 STREAMS = [(spec, False) for spec in TASKS.split()] + [(spec, True) for spec in NATURAL.split()]
 

@@ -223,6 +223,19 @@ def test_affine_chain_by_hand():
         assert tasks.score_last_line(text, "1080")["correct"] == right
 
 
+def test_resolve_by_hand_and_what_it_does_not_need():
+    lines = [["e", "b"], ["d", "1"], ["a", "3"], ["b", "a"], ["c", "a"]]
+    task, problem = make_task("resolve"), {"lines": lines, "asked": "e"}
+    assert (task.plan(problem), task.steps(problem)) == ("a b e", ["3", "0", "0"])
+    assert task.compact(problem) == "eb;d1;a3;ba;ca?e"
+    assert task.question(problem).startswith("e = b * 2, d = 1, a = 3, b = a + 2, c = a + 3, all")
+    for p in (task.problem("train", 0, i) for i in range(200)):
+        names = task.plan(p).split()
+        [spare] = [source for name, source in p["lines"] if name not in names]
+        assert (spare.isdigit() or spare in names) and len(p["lines"]) == len(names) + 1
+        assert task.score("\n".join([*task.steps(p), task.answer(p)]), p)["correct"]
+
+
 def test_s3_is_the_symmetric_group():
     pairs = [x + y for x, y in itertools.product("abcdef", repeat=2)]
     product = {pair: tasks.S3().products({"elements": pair})[1] for pair in pairs}
@@ -250,6 +263,10 @@ def test_chain_files(tmp_path):
     bad = write(tmp_path / "d", [CHAIN, CHAIN | {"steps": "2+3=5"}])
     with pytest.raises(BadInput, match='line 2: "steps" must be a list of text'):
         make_task("chains", bad)
+    bad = write(tmp_path / "e", [CHAIN | {"plan": plan} for plan in ("add, double", "p", "q", " ")])
+    with pytest.raises(BadInput, match="e, line 4: plan is missing or empty"):
+        make_task("plans", bad)
+    assert tasks.read_chains(bad)[0] == CHAIN
 
 
 def test_notations_pay_for_the_first_one():
