@@ -54,6 +54,11 @@ TRAINING = {
         f"{GROUPS} --task {ROOT}/tests/coin.py:Coin --prm_updates 1",
         "--prm tiny --prm_beta 1 --prm_updates 2 --updates 2 --lr 0.01 --prm_lr 0.01",
     ),
+    # a plan of one token: a random model hardly ever ends after a letter
+    "more.reasonflux": (
+        f"{WARM} --sft_steps 1 --sample 8 --attempts 32 --max_plan_tokens 1",
+        "--micro_batch_tokens 64 --beta 1 --sft_lr 0.01 --lr 0.01",
+    ),
 }
 SPECULATION = "--max_new_tokens 12 --max_step_tokens 6 --save_every 1"
 SOLVING = {  # scripts that train nothing: the smallest flags
