@@ -1,37 +1,36 @@
 """Hierarchical reasoning by thought templates: ReasonFlux (arXiv:2502.06772).
 
-A library holds templates, ways to solve a kind of problem, by chapter and section. One model,
-the navigator, names a template for a problem. Another, the solver, works by it and is never
-trained. Of two plans for a problem the navigator learns to prefer the one by which the solver
-gets more right, of this problem and its like.
+A library holds templates, ways to solve a kind of problem, by chapter and section. One
+model, the navigator, names a template for a problem. Another, the solver, works by it and is
+never trained. Of two plans the navigator learns to prefer the one by which the solver gets
+more right, of this problem and its like.
 
-    loss = -1/N sum log pi(description, scope | name, tags)    N: their tokens  (1)
-    R(T) = mean over X_sim(x) of [the solver, given T, answers it rightly]      (2)
-           X_sim(x): the problem x and others like it
-    pair = T+, T- sampled for one x with R(T+) > R(T-) + delta                  (3)
-    h    = log pi(T+|x) - log pi_ref(T+|x) - log pi(T-|x) + log pi_ref(T-|x)    (4)
-    loss = -log sigma(beta h)    mean over pairs; pi_ref: the navigator of (1)  (5)
+    loss = -1/N sum log pi(description, scope | name, tags)  N: their tokens  (1)
+    R(T) = how often the solver, given T, is right on X_sim: x and its like (2)
+    pair = T+, T- sampled for one x with R(T+) > R(T-) + delta                (3)
+    h    = log pi(T+) - log pi_ref(T+) - log pi(T-) + log pi_ref(T-)          (4)
+    loss = mean over pairs of -log sigma(beta h) - a log pi(T+) / |T+|        (5)
+           pi_ref: the navigator after (1); a holds log pi(T+), which DPO lets fall
 
 A name that is not in the library stands for the nearest template, by tf-idf: of the nearest
-section of the nearest chapter (6). By default templates are patterns of two operators, letters
-from A (++) to P (//) in the prompt, 7,1,5=2J<think>. The solver tries what fits, then gives up.
+section of the nearest chapter (6). In the default run templates are patterns of two
+operators, letters from A (++) to P (//) in the prompt, 7,1,5=2J<think>.
 
 Run
     python more/reasonflux.py  # two CPU cores, no network, minutes
     python more/reasonflux.py --model Qwen2.5-1.5B  # one GPU of 80 GB
     torchrun --standalone --nproc_per_node=8 more/reasonflux.py --model Qwen2.5-1.5B
-    models/README.md tells how models/tiny-solver was made. A real model is its own solver, or
+    models/README.md: how models/tiny-solver was made. A real model is its own solver, or
     --solver FOLDER: 18 bytes a parameter, 27.8 GB for Qwen2.5-1.5B.
 
 Expect
     EXPECT
 
 Differs from the paper in: a plan is one template, whose steps the navigator does not rewrite;
-beside (1) it learns to answer a problem with some name, drawn at random; a task that knows no
-problems like x has X_sim = x; no embedding model.
+beside (1) it learns to answer a problem with some name, drawn at random; the term with a.
 
-Legend: B rows of a pass, S answers a row, P pairs, T tokens, N templates, D size of a vector or
-head, C hidden size, V vocabulary, H query heads, K key heads, also S cache positions.
+Legend: B rows of a pass, S answers a row, P pairs, T tokens, N templates, D size of a vector
+or head, C hidden size, V vocabulary, H query heads, K key heads, also S cache positions.
 """
 
 import argparse
@@ -60,7 +59,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # rewards.py is one folder up
@@ -92,7 +91,7 @@ def option(default, help: str, least: float = 0):
 
 @dataclass
 class Config:
-    model: str = option("tiny", "the navigator: one of models/, a folder, or a hub name")
+    model: str = option("tiny", "navigator: one of models/, a folder, a hub name")
     solver: str = option("", "frozen; default: tiny-solver, of a real model itself")
     library: str = option("more/templates.json", "chapter -> section -> templates")
     task: str = option("patterns", "countdown with patterns; gsm8k, FILE.py:Class")
@@ -114,6 +113,7 @@ class Config:
     lr: float = option(0.0, "learning rate of eq. 5, 0: by size")
     warmup_steps: int = option(6, "linear warm-up of both, then a line to 0")
     beta: float = option(0.1, "of eq. 5: the larger, the closer to pi_ref", 1e-6)
+    sft_coef: float = option(1.0, "a of eq. 5; the paper: 0")
     eval_problems: int = option(200, "held-out problems, 0: no evaluation")
     eval_samples: int = option(4, "plans for each", 1)
     eval_every: int = option(0, "steps between evaluations, 0: after (1) and (5)")
@@ -124,7 +124,7 @@ class Config:
     resume: str = option("", "run folder to go on with")
 
 
-BY_SIZE = {  # below 10 M parameters, below 1 B, above (the paper's SFT: lr 2e-5)
+BY_SIZE = {  # below 10 M parameters, below 1 B, above (paper: sft_lr 2e-5)
     "sft_lr": (2e-3, 2e-5, 2e-5),
     "lr": (1e-4, 5e-6, 5e-7),
     "batch_size": (64, 32, 32),
@@ -136,32 +136,33 @@ BY_SIZE = {  # below 10 M parameters, below 1 B, above (the paper's SFT: lr 2e-5
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # what tiny models call templates
 
 
-# -------------------------------------------------------------- library
+# ------------------------------------------------------------ algorithm
 
 
-def about(template: dict) -> str:
-    """What a query is compared with."""
-    names = "chapter", "section", "template_name", "description", "application_scenario"
-    return " ".join([template[name] for name in names] + template["knowledge_tag"])
-
-
-def guide(template: dict) -> str:
-    """What a solver that reads words is given."""
-    lines = [f"Method: {template['template_name']}. {template['description']}"]
-    return "\n".join(lines + [f"- {step}" for step in template["reason_flow"]])
+def read_template(chapter: str, section: str, entry: dict) -> dict:
+    """What navigator, solver and match read of a template in the paper's form."""
+    name, tags = entry["template_name"], ", ".join(entry["knowledge_tag"])
+    scope = f"{entry['description']} {entry['application_scenario']}"
+    steps = [f"- {step}" for step in entry["reason_flow"]]
+    return {
+        "chapter": chapter,
+        "section": section,
+        "name": name,
+        "tags": tags,
+        "scope": scope,
+        "guide": "\n".join([f"Method: {name}. {entry['description']}", *steps]),
+        "about": f"{chapter} {section} {name} {tags} {scope}",
+    }
 
 
 def read_library(path: str) -> list[dict]:
     """The templates of a JSON file, chapter -> section -> list, in its order."""
-    file, library = Path(path), []
-    if not file.is_file():
-        file = MODELS.parent / path  # from any folder
+    library = []
+    file = max(Path(path), MODELS.parent / path, key=Path.is_file)  # from any folder
     for chapter, sections in read_json(file).items():
         with reading(f'library {path}: chapter "{chapter}" holds no list of templates'):
             for section, listed in sections.items():
-                for template in listed:
-                    library.append({"chapter": chapter, "section": section} | template)
-                    about(library[-1]), guide(library[-1])  # complain
+                library += [read_template(chapter, section, entry) for entry in listed]
     if not library:
         raise BadInput(f"library {path}: no templates")
     return library
@@ -170,7 +171,7 @@ def read_library(path: str) -> list[dict]:
 def tfidf(library: list[str], texts: list[str]) -> Tensor:
     """Vectors (N, D) of texts, of unit length, a place for each word of the library.
 
-    How often the text has it, times log((1 + L) / (1 + n)) + 1: n of the library's L have it.
+    Its count in the text times log((1 + L) / (1 + n)) + 1, if n of L templates have it.
     """
     split = [re.findall(r"\w+", text.lower()) for text in library + texts]
     counts = Counter(word for row in split[: len(library)] for word in set(row))
@@ -182,12 +183,12 @@ def tfidf(library: list[str], texts: list[str]) -> Tensor:
 
 
 def match(query: Tensor, library: list[dict], vectors: Tensor) -> int:
-    """Eq. 6: the place of the template nearest to a query (D,); the first of equals.
+    """Eq. 6: the place of the template nearest to a query (D,), the first of equals.
 
     vectors (N, D) of the templates; a chapter or section is the mean of its own.
     """
     rows = list(range(len(library)))
-    for level in ("chapter", "section", "template_name"):
+    for level in ("chapter", "section", "name"):
         groups, nearness = {}, {}
         for i in rows:
             groups.setdefault(library[i][level], []).append(i)
@@ -199,11 +200,11 @@ def match(query: Tensor, library: list[dict], vectors: Tensor) -> int:
 
 
 class Asked:
-    """The task of the navigator, and, with a template at problem["plan"], of the solver."""
+    """The navigator's task, and, of a problem with a "plan", the solver's."""
 
     def __init__(self, task, library, tiny):
         self.task, self.library = task, library
-        self.names = [template["template_name"] for template in library]
+        self.names = [template["name"] for template in library]
         if tiny:
             self.names = list(LETTERS[: len(library)])
 
@@ -216,7 +217,7 @@ class Asked:
     def question(self, problem):
         told = "Do not solve it: name a method for it."
         if "plan" in problem:
-            told = guide(self.library[problem["plan"]])
+            told = self.library[problem["plan"]]["guide"]
         return f"{self.task.question(problem)}\n{told}"
 
     def score(self, text, problem):
@@ -226,30 +227,30 @@ class Asked:
 
 
 def find_templates(run: "Run", asked: Asked, texts: list[str]) -> tuple[list, list]:
-    """The place of each plan's template, or of the nearest one; whether it was named."""
+    """The place of each plan's template or the nearest; whether it was named."""
     places = {name: i for i, name in enumerate(asked.names)}
     lines = [text.strip().partition("\n")[0] for text in texts]
     named = [line in places for line in lines]
     unknown = sorted(set(lines) - places.keys())
     if unknown:
-        known = [about(template) for template in asked.library]
+        known = [template["about"] for template in asked.library]
         vectors = tfidf(known, known)
         for line, query in zip(unknown, tfidf(known, unknown), strict=True):
             places[line] = match(query, asked.library, vectors)
-        nearest = f'no such template; nearest "{asked.names[places[unknown[0]]]}"'
-        run.say(f'navigator named "{unknown[0]}": {nearest}; {named.count(False)} such plans')
+        nearest = f'no such template; nearest "{asked.names[places[line]]}"'
+        run.say(f'navigator named "{line}": {nearest}; {named.count(False)} such plans')
     return [places[line] for line in lines], named
 
 
 def similar(task, problem: dict, count: int) -> list[dict]:
-    """X_sim of eq. 2: the problem first, then up to count - 1 that the task finds like it."""
+    """X_sim of eq. 2, x first; x alone if the task knows no such problems."""
     if not hasattr(task, "similar"):
         return [problem]
     return [problem, *task.similar(problem, count - 1)]
 
 
 def plan_rewards(solve: Callable, plans: list[int], x_sim: list[list[dict]]) -> tuple:
-    """R of eq. 2 of each plan for the X_sim of its problem; the answers to the problems alone.
+    """R of eq. 2 of each plan by its X_sim; the answers to the problems.
 
     solve: problems with a "plan" -> for each the solver's answers.
     """
@@ -275,17 +276,16 @@ def plan_pairs(rewards: list[float], delta: float) -> list[tuple[int, int]]:
     return [(w, x) for w in rows for x in rows if rewards[w] > rewards[x] + delta]
 
 
-def preference_loss(logps: Tensor, ref: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def preference_loss(
+    logps: Tensor, ref: Tensor, lengths: Tensor, beta: float, a: float
+) -> tuple[Tensor, Tensor]:
     """Eq. 5 of each pair, and the margin beta h, both (P,).
 
-    logps and ref (2, P): nats of the better plans, then of the worse ones.
+    logps and ref (2, P): nats of better, then of worse plans; lengths (2, P).
     """
     ratios = logps - ref
     margins = beta * (ratios[0] - ratios[1])  # eq. 4
-    return -F.logsigmoid(margins), margins.detach()
-
-
-# ------------------------------------------------------------- training
+    return -F.logsigmoid(margins) - a * logps[0] / lengths[0], margins.detach()
 
 
 def check_flags(cfg: Config, model: "Model", asked: Asked) -> None:
@@ -295,22 +295,13 @@ def check_flags(cfg: Config, model: "Model", asked: Asked) -> None:
     if cfg.delta >= 1:
         raise BadInput(f"--delta {cfg.delta}: below 1 is needed, R is from 0 to 1")
     if model.is_tiny and len(asked.library) > len(LETTERS):
-        raise BadInput(f"--library {cfg.library}: at most {len(LETTERS)} for a tiny model")
+        raise BadInput(f"--library {cfg.library}: over {len(LETTERS)} templates")
     if "template" in asked.task.problem("train", cfg.seed, 0):
         raise BadInput(f"--task {cfg.task}: its prompts name templates themselves")
 
 
-def load_solver(run: "Run", model: "Model") -> "Model":
-    """The frozen solver, in the type that it samples in."""
-    cfg = run.cfg
-    if not cfg.solver:
-        cfg.solver = "tiny-solver" if model.is_tiny else cfg.model
-    solver = load_model(resolve_model(cfg.solver), run.device).to(run.dtype)
-    return solver.requires_grad_(False)
-
-
-def structure_rows(cfg: Config, planner: "Prompter", end: list, step: int) -> list[tuple]:
-    """Rows (prompt, answer) of a step: one in eight as in eq. 1, else a problem, some name."""
+def structure_rows(cfg: Config, planner: "Prompter", end: list, step: int) -> list:
+    """Rows (prompt, answer), one in eight of eq. 1; else some name for a problem."""
     asked, rows = planner.task, []
     for i in range((step - 1) * cfg.batch_size, step * cfg.batch_size):
         place = Random(f"structure {cfg.seed} {i}").randrange(len(asked.names))
@@ -318,19 +309,19 @@ def structure_rows(cfg: Config, planner: "Prompter", end: list, step: int) -> li
         text = planner.text(asked.task.problem("train", cfg.seed, i))
         if i % 8 == 0:
             template = asked.library[place]
-            text = f"{planner.start}{answer} ({', '.join(template['knowledge_tag'])}):"
-            answer = f" {template['description']} {template['application_scenario']}"
+            text = f"{planner.start}{answer} ({template['tags']}):"
+            answer = f" {template['scope']}"
         rows.append((planner.encode(text), planner.encode(answer) + end))
     return rows
 
 
 def sample_plans(run: "Run", sampler: "Model", planner: "Prompter", solve: Callable) -> list:
-    """Pairs (prompt, better, worse) of tokens, for training problems, of plans that name one."""
+    """Eq. 2, 3: pairs (prompt, better, worse), tokens, of plans that name one."""
     cfg, task, found = run.cfg, planner.task.task, []
     for part in in_groups(list(range(cfg.sample)), 64):
         problems = [(n, task.problem("train", cfg.seed, n)) for n in part]
         limit = cfg.max_plan_tokens
-        done = rollout(run, sampler, planner, problems, cfg.attempts, limit, step=1)
+        done = rollout(run, sampler, planner, problems, cfg.attempts, limit, 1)
         places, named = find_templates(run, planner.task, [c.text for c in done])
         plans = {}
         for c, place, is_name in zip(done, places, named, strict=True):
@@ -345,27 +336,26 @@ def sample_plans(run: "Run", sampler: "Model", planner: "Prompter", solve: Calla
             mine = [c for c in plans.values() if c.number == number]
             for better, worse in plan_pairs([c.reward for c in mine], cfg.delta):
                 found.append((mine[better], mine[worse]))
-        so_far = f"{len(plans)} plans of mean R {mean(rewards):.3f}, in all {len(found)} pairs"
+        so_far = f"{len(found)} pairs; mean R of the last plans {mean(rewards):.3f}"
         run.say(f"{part[-1] + 1} of {cfg.sample} problems: {so_far}")
     if not found:
-        none = f"none of {cfg.sample} problems gives a pair"
-        raise BadInput(f"--delta {cfg.delta}: {none}; more --attempts, or another --solver")
+        raise BadInput(f"--delta {cfg.delta}: no pair of {cfg.sample} problems")
     shown = [c for pair in found[:16] for c in pair]
     run.keep_samples(cfg.sft_steps, planner, shown, [c.reward for c in shown])
     return [(better.prompt, better.tokens, worse.tokens) for better, worse in found]
 
 
 def solve_guided(
-    run: "Run", solver: "Model", guided: "Prompter", samples: int, step: int, problems: list
+    run: "Run", solver: "Model", prompter: "Prompter", samples: int, step: int, asked: list
 ) -> list[list[Completion]]:
-    """The frozen solver's answers to each problem, by the template at its "plan"."""
-    limit = run.cfg.max_new_tokens
-    done = rollout(run, solver, guided, list(enumerate(problems)), samples, limit, step)
+    """The frozen solver's answers to each problem, by its "plan"."""
+    problems, limit = list(enumerate(asked)), run.cfg.max_new_tokens
+    done = rollout(run, solver, prompter, problems, samples, limit, step)
     return in_groups(done, samples)
 
 
 def answer_logps(run: "Run", model: "Model", rows: list[tuple]) -> Iterator[tuple]:
-    """By micro-batch of this rank: numbers (B) of rows (prompt, S answers), log pi (S, B)."""
+    """By micro-batch of rows (prompt, S answers): numbers, log pi, lengths."""
     sides = range(1, len(rows[0]))
     lengths = [len(sides) * (len(row[0]) + max(map(len, row[1:]))) for row in rows]
     order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
@@ -375,43 +365,40 @@ def answer_logps(run: "Run", model: "Model", rows: list[tuple]) -> Iterator[tupl
         answers = [(rows[i][0], rows[i][side]) for side in sides for i in part]
         tokens = [asked + answer for asked, answer in answers]
         masks = [[0] * len(asked) + [1] * len(answer) for asked, answer in answers]
-        tokens = pad_rows(tokens, run.device, torch.long)  # (S B, T), first answers first
+        tokens = pad_rows(tokens, run.device, torch.long)  # (S B, T)
         masks = pad_rows(masks, run.device, torch.bool)
         logprobs, _ = completion_logprobs(model, tokens, masks)  # (S B, T-1)
-        yield part, logprobs.sum(1).view(len(sides), -1)
+        shape = len(sides), len(part)  # (S, B)
+        yield part, logprobs.sum(1).view(shape), masks.sum(1).view(shape)
 
 
-def update_structure(
-    run: "Run", model: "Model", optimizer: Optimizer, rows: list[tuple], lr: float
-) -> dict[str, float]:
-    """A step down eq. 1 on rows (prompt, answer)."""
+def learn_structure(run: "Run", model: "Model", rows: list[tuple]) -> dict:
+    """Go back from eq. 1 on rows (prompt, answer); metrics."""
     num_tokens, loss = sum(len(answer) for _, answer in rows), 0.0
-    for _, logps in answer_logps(run, model, rows):
+    for _, logps, _ in answer_logps(run, model, rows):
         part_loss = -logps.sum() / num_tokens  # N: of all passes and ranks
         part_loss.backward()
         loss += part_loss.item()
-    metrics = {"loss": sum(run.gather(loss)), "tokens": num_tokens}
-    return metrics | {"grad_norm": run.update(model, optimizer, lr)}
+    return {"loss": sum(run.gather(loss)), "tokens": num_tokens}
 
 
 @torch.no_grad()
 def plan_logprobs(run: "Run", model: "Model", pairs: list[tuple]) -> Tensor:
     """log pi(T|x) of all pairs, (2, P), on the CPU."""
     found = torch.zeros(2, len(pairs))
-    for part, logps in answer_logps(run, model, pairs):
+    for part, logps, _ in answer_logps(run, model, pairs):
         found[:, part] = logps.cpu()
     return sum(run.gather(found))  # a pair is 0 on all ranks but one
 
 
-def update_policy(
-    run: "Run", model: "Model", optimizer: Optimizer, batch: list, ref: Tensor, lr: float
-) -> dict[str, float]:
-    """A step down eq. 5 on a batch of P pairs and their ref (2, P); means over pairs."""
+def learn_pairs(run: "Run", model: "Model", batch: list, ref: Tensor) -> dict:
+    """Go back from eq. 5 on P pairs and ref (2, P); means over pairs."""
     names = "loss", "pair_accuracy", "margin", "logp/chosen", "logp/rejected"
     totals = torch.zeros(len(names))
-    for part, logps in answer_logps(run, model, batch):
-        plain = ref[:, part].to(logps)
-        losses, margins = preference_loss(logps, plain, run.cfg.beta)
+    cfg = run.cfg
+    for part, logps, lengths in answer_logps(run, model, batch):
+        form = lengths, cfg.beta, cfg.sft_coef
+        losses, margins = preference_loss(logps, ref[:, part].to(logps), *form)
         (losses.sum() / len(batch)).backward()  # P: of all passes and ranks
         right = (margins > 0).float()
         seen = torch.stack([losses, right, margins, *logps])  # (5, B)
@@ -419,19 +406,17 @@ def update_policy(
     totals = sum(run.gather(totals)) / len(batch)
     metrics = dict(zip(names, totals.tolist(), strict=True))
     metrics["tokens"] = sum(len(better) + len(worse) for _, better, worse in batch)
-    metrics["grad_norm"] = run.update(model, optimizer, lr)
     return metrics
 
 
-def evaluate_plans(
-    run: "Run", model: "Model", planner: "Prompter", solve: Callable, step: int
-) -> dict[str, float]:
-    """Plans for held-out problems: the solver's accuracy by them, and R over X_sim."""
+def evaluate_plans(run: "Run", planner: "Prompter", solve: Callable, model: "Model", step: int):
+    """Plans for held-out problems: the solver's accuracy by them, and R."""
     cfg, task = run.cfg, planner.task.task
     if not cfg.eval_problems:
         return {}
     problems = list(enumerate(heldout(task, cfg.eval_problems)))
-    done = rollout(run, model, planner, problems, cfg.eval_samples, cfg.max_plan_tokens, 0)
+    limit = cfg.max_plan_tokens
+    done = rollout(run, model, planner, problems, cfg.eval_samples, limit, 0)
     plans, named = find_templates(run, planner.task, [c.text for c in done])
     x_sim = [similar(task, c.problem, cfg.x_sim) for c in done]
     rewards, answers = plan_rewards(partial(solve, 1, 0), plans, x_sim)
@@ -446,10 +431,10 @@ def evaluate_plans(
 def finish(run: "Run", sampler: "Model", evaluate_now: Callable) -> int:
     """Evaluate after and before, print both; the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    after = before = evaluate_now(sampler, step=run.cfg.steps)
+    after = before = evaluate_now(sampler, run.cfg.steps)
     if run.cfg.steps:
         start = load_model(sampler.folder, run.device).to(run.dtype)
-        before = evaluate_now(start, step=0)
+        before = evaluate_now(start, 0)
     for name, value in after.items():
         run.say(f"{name:28}{before[name]:8.3f} -> {value:8.3f}")
     run.say(f"go on: python {sys.argv[0]} --resume {run.folder} --steps {2 * run.cfg.steps}")
@@ -457,21 +442,23 @@ def finish(run: "Run", sampler: "Model", evaluate_now: Callable) -> int:
 
 
 def rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then a line to 0; steps count from 1."""
+    """Linear warm-up, then a line to 0."""
     return peak * min(1.0, step / max(1, warmup), (1 + steps - step) / steps)
 
 
 def train(cfg: Config) -> int:
-    """Learn the library, (1). Plan, try the plans out (2), pair them (3). Descend (5)."""
+    """Learn the library (1). Plan, try out (2), pair (3). Descend (5)."""
     run = Run(cfg)
     model, sampler = run.load(BY_SIZE, added=16)  # 2 more than dpo.py: the solver
     task = make_task(cfg.task, cfg.data, natural=not model.is_tiny)
     asked = Asked(task, read_library(cfg.library), model.is_tiny)
     check_flags(cfg, model, asked)
     planner = Prompter(model, asked, cfg.chat)
-    solver = load_solver(run, model)
+    cfg.solver = cfg.solver or ("tiny-solver" if model.is_tiny else cfg.model)
+    solver = load_model(resolve_model(cfg.solver), run.device).to(run.dtype)
+    solver.requires_grad_(False)  # frozen
     solve = partial(solve_guided, run, solver, Prompter(solver, asked, cfg.chat))
-    evaluate_now = partial(evaluate_plans, run, planner=planner, solve=solve)
+    evaluate_now = partial(evaluate_plans, run, planner, solve)
     optimizer = AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     state = run.start(model, optimizer, Prompter(model, task, cfg.chat))
     run.refresh(sampler, model)
@@ -483,20 +470,20 @@ def train(cfg: Config) -> int:
         if dpo_step <= 0:
             lr = rate(step, cfg.sft_steps, cfg.sft_lr, cfg.warmup_steps)
             rows = structure_rows(cfg, planner, model.eos_ids[:1], step)
-            metrics = update_structure(run, model, optimizer, rows, lr)
+            metrics = learn_structure(run, model, rows)
         else:
             lr = rate(dpo_step, cfg.steps - cfg.sft_steps, cfg.lr, cfg.warmup_steps)
             rng = Random(f"batch {cfg.seed} {step}")
             rows = rng.choices(range(len(pairs)), k=cfg.batch_size)
-            batch = [pairs[i] for i in rows]
-            metrics = update_policy(run, model, optimizer, batch, ref[:, rows], lr)
+            metrics = learn_pairs(run, model, [pairs[i] for i in rows], ref[:, rows])
+        metrics["grad_norm"] = run.update(model, optimizer, lr)
         run.refresh(sampler, model)
         metrics["lr"] = lr
         metrics["tokens_per_s"] = metrics["tokens"] / (time.time() - began)
         run.log(step, metrics, ("loss", "pair_accuracy", "margin", "tokens_per_s"))
         due = cfg.eval_every and step % cfg.eval_every == 0
         if (due or dpo_step == 0) and step < cfg.steps:
-            evaluate_now(sampler, step=step)
+            evaluate_now(sampler, step)
         if dpo_step == 0:  # from here on the navigator as it is now is pi_ref
             pairs = sample_plans(run, sampler, planner, solve)
             ref = plan_logprobs(run, sampler, pairs)
