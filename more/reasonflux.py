@@ -98,9 +98,9 @@ class Config:
     data: str = option("", "JSONL file of the problems (gsm8k, math)")
     chat: bool = option(False, "use the models' chat templates")
     sample: int = option(0, "problems to plan for, 0: by size")
-    attempts: int = option(8, "plans sampled for each", 2)
+    attempts: int = option(4, "plans sampled for each", 2)
     x_sim: int = option(4, "problems in X_sim at most, x included")
-    solver_samples: int = option(2, "answers to each problem of X_sim", 1)
+    solver_samples: int = option(1, "answers to each problem of X_sim", 1)
     delta: float = option(0.1, "of eq. 3")
     max_plan_tokens: int = option(0, "longest plan, 0: by size")
     max_new_tokens: int = option(0, "longest answer of the solver, 0: by size")
@@ -108,12 +108,12 @@ class Config:
     batch_size: int = option(0, "pairs per step, or rows of eq. 1; 0: by size")
     micro_batch_tokens: int = option(0, "padded tokens per pass, 0: by size")
     sft_steps: int = option(100, "steps down eq. 1", 1)
-    steps: int = option(300, "steps with those down eq. 5, 0: only evaluate")
+    steps: int = option(400, "steps with those down eq. 5, 0: only evaluate")
     sft_lr: float = option(0.0, "learning rate of eq. 1, 0: by size")
     lr: float = option(0.0, "learning rate of eq. 5, 0: by size")
     warmup_steps: int = option(6, "linear warm-up of both, then a line to 0")
     beta: float = option(0.1, "of eq. 5: the larger, the closer to pi_ref", 1e-6)
-    sft_coef: float = option(1.0, "a of eq. 5; the paper: 0")
+    sft_coef: float = option(0.05, "a of eq. 5; the paper: 0")
     eval_problems: int = option(200, "held-out problems, 0: no evaluation")
     eval_samples: int = option(4, "plans for each", 1)
     eval_every: int = option(0, "steps between evaluations, 0: after (1) and (5)")
@@ -126,9 +126,9 @@ class Config:
 
 BY_SIZE = {  # below 10 M parameters, below 1 B, above (paper: sft_lr 2e-5)
     "sft_lr": (2e-3, 2e-5, 2e-5),
-    "lr": (1e-4, 5e-6, 5e-7),
+    "lr": (1e-3, 5e-6, 5e-7),
     "batch_size": (64, 32, 32),
-    "sample": (640, 320, 2048),
+    "sample": (3072, 320, 2048),
     "max_plan_tokens": (1, 32, 32),
     "max_new_tokens": (128, 256, 1024),
     "micro_batch_tokens": (2048, 2048, 16384),
