@@ -1,9 +1,9 @@
 """Hierarchical reasoning by thought templates: ReasonFlux (arXiv:2502.06772).
 
 A library holds templates, ways to solve a kind of problem, by chapter and section. One
-model, the navigator, names a template for a problem. Another, the solver, works by it and is
-never trained. Of two plans the navigator learns to prefer the one by which the solver gets
-more right, of this problem and its like.
+model, the navigator, names a template for a problem. Another, the solver, works by it and
+is never trained. The navigator learns to prefer the plan by which the solver gets more
+right, of this problem and its like.
 
     loss = -1/N sum log pi(description, scope | name, tags)  N: their tokens  (1)
     R(T) = how often the solver, given T, is right on X_sim: x and its like (2)
@@ -92,7 +92,7 @@ def option(default, help: str, least: float = 0):
 @dataclass
 class Config:
     model: str = option("tiny", "navigator: one of models/, a folder, a hub name")
-    solver: str = option("", "frozen; default: tiny-solver, of a real model itself")
+    solver: str = option("", "frozen; default: tiny-solver, or the model")
     library: str = option("more/templates.json", "chapter -> section -> templates")
     task: str = option("patterns", "countdown with patterns; gsm8k, FILE.py:Class")
     data: str = option("", "JSONL file of the problems (gsm8k, math)")
@@ -140,7 +140,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # what tiny models call templates
 
 
 def read_template(chapter: str, section: str, entry: dict) -> dict:
-    """What navigator, solver and match read of a template in the paper's form."""
+    """What is read of a template in the paper's form."""
     name, tags = entry["template_name"], ", ".join(entry["knowledge_tag"])
     scope = f"{entry['description']} {entry['application_scenario']}"
     steps = [f"- {step}" for step in entry["reason_flow"]]
@@ -169,9 +169,9 @@ def read_library(path: str) -> list[dict]:
 
 
 def tfidf(library: list[str], texts: list[str]) -> Tensor:
-    """Vectors (N, D) of texts, of unit length, a place for each word of the library.
+    """Unit vectors (N, D) of texts, a place for each word of the library.
 
-    Its count in the text times log((1 + L) / (1 + n)) + 1, if n of L templates have it.
+    Its count times log((1 + L) / (1 + n)) + 1, if n of L templates have it.
     """
     split = [re.findall(r"\w+", text.lower()) for text in library + texts]
     counts = Counter(word for row in split[: len(library)] for word in set(row))
@@ -183,7 +183,7 @@ def tfidf(library: list[str], texts: list[str]) -> Tensor:
 
 
 def match(query: Tensor, library: list[dict], vectors: Tensor) -> int:
-    """Eq. 6: the place of the template nearest to a query (D,), the first of equals.
+    """Eq. 6: the place of the template nearest to a query (D,).
 
     vectors (N, D) of the templates; a chapter or section is the mean of its own.
     """
@@ -237,8 +237,9 @@ def find_templates(run: "Run", asked: Asked, texts: list[str]) -> tuple[list, li
         vectors = tfidf(known, known)
         for line, query in zip(unknown, tfidf(known, unknown), strict=True):
             places[line] = match(query, asked.library, vectors)
-        nearest = f'no such template; nearest "{asked.names[places[line]]}"'
-        run.say(f'navigator named "{line}": {nearest}; {named.count(False)} such plans')
+        one, count = unknown[0], named.count(False)
+        nearest = f'nearest "{asked.names[places[one]]}"'
+        run.say(f'navigator named "{one}": no such template; {nearest}; {count} plans')
     return [places[line] for line in lines], named
 
 
@@ -293,15 +294,15 @@ def check_flags(cfg: Config, model: "Model", asked: Asked) -> None:
     if cfg.x_sim < 1:
         raise BadInput("--x_sim 0: X_sim of 0 problems")
     if cfg.delta >= 1:
-        raise BadInput(f"--delta {cfg.delta}: below 1 is needed, R is from 0 to 1")
+        raise BadInput(f"--delta {cfg.delta}: below 1 is needed")
     if model.is_tiny and len(asked.library) > len(LETTERS):
         raise BadInput(f"--library {cfg.library}: over {len(LETTERS)} templates")
     if "template" in asked.task.problem("train", cfg.seed, 0):
-        raise BadInput(f"--task {cfg.task}: its prompts name templates themselves")
+        raise BadInput(f"--task {cfg.task}: its prompts name a template")
 
 
 def structure_rows(cfg: Config, planner: "Prompter", end: list, step: int) -> list:
-    """Rows (prompt, answer), one in eight of eq. 1; else some name for a problem."""
+    """Rows (prompt, answer): one in eight of eq. 1, else a problem, some name."""
     asked, rows = planner.task, []
     for i in range((step - 1) * cfg.batch_size, step * cfg.batch_size):
         place = Random(f"structure {cfg.seed} {i}").randrange(len(asked.names))
@@ -394,8 +395,7 @@ def plan_logprobs(run: "Run", model: "Model", pairs: list[tuple]) -> Tensor:
 def learn_pairs(run: "Run", model: "Model", batch: list, ref: Tensor) -> dict:
     """Go back from eq. 5 on P pairs and ref (2, P); means over pairs."""
     names = "loss", "pair_accuracy", "margin", "logp/chosen", "logp/rejected"
-    totals = torch.zeros(len(names))
-    cfg = run.cfg
+    cfg, totals = run.cfg, torch.zeros(len(names))
     for part, logps, lengths in answer_logps(run, model, batch):
         form = lengths, cfg.beta, cfg.sft_coef
         losses, margins = preference_loss(logps, ref[:, part].to(logps), *form)
@@ -405,11 +405,11 @@ def learn_pairs(run: "Run", model: "Model", batch: list, ref: Tensor) -> dict:
         totals += seen.detach().sum(1).cpu()
     totals = sum(run.gather(totals)) / len(batch)
     metrics = dict(zip(names, totals.tolist(), strict=True))
-    metrics["tokens"] = sum(len(better) + len(worse) for _, better, worse in batch)
+    metrics["tokens"] = sum(len(w) + len(x) for _, w, x in batch)
     return metrics
 
 
-def evaluate_plans(run: "Run", planner: "Prompter", solve: Callable, model: "Model", step: int):
+def evaluate_plans(run: "Run", planner: "Prompter", solve: Callable, model, step: int) -> dict:
     """Plans for held-out problems: the solver's accuracy by them, and R."""
     cfg, task = run.cfg, planner.task.task
     if not cfg.eval_problems:

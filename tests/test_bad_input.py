@@ -85,7 +85,7 @@ OWN = {  # for the script before the flags
     "more.reasonflux --delta 1": "--delta 1.0: below 1",
     "more.reasonflux --library {given}/cut.jsonl": "{given}/cut.jsonl",
     "more.reasonflux --library models/tiny/config.json": '" holds no list of templates',
-    "more.reasonflux --task patterns:guided=0.8": "its prompts name templates themselves",
+    "more.reasonflux --task patterns:guided=0.8": "its prompts name a template",
     "more.reasonflux --task gsm8k": "gsm8k",
     "more.reasonflux --solver owner/name": "owner/name",
     "more.reasonflux --sft_steps 0": "--sft_steps 0",

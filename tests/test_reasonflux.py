@@ -59,7 +59,7 @@ def test_a_name_is_exact_else_the_nearest_and_counted(library):
     texts = ["Chord\nmore", " Logs", "take the logs", "the power of points, circles", "Chord"]
     places, named = rf.find_templates(run, asked, texts)
     assert places == [2, 1, 1, 2, 2] and named == [True, True, False, False, True]
-    assert said == [f'navigator named "{texts[3]}": no such template; nearest "Chord"; 2 such plans']
+    assert said == ['navigator named "take the logs": no such template; nearest "Logs"; 2 plans']
     assert rf.find_templates(run, rf.Asked(None, library, tiny=True), ["B", "C"])[0] == [1, 2]
 
 
