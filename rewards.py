@@ -624,7 +624,7 @@ TASKS = {"countdown": Countdown, "gsm8k": GSM8K, "math": Math}  # below: more/ta
 TASKS |= {"multiplication": "Multiplication", "generalpoints": "GeneralPoints", "code": "Code"}
 TASKS |= {"knights": "KnightsAndKnaves", "navigation": "Navigation", "notations": "Notations"}
 TASKS |= {"affine": "AffineChain", "s3": "S3", "prosqa": "ProsQA", "chains": "Chains"}
-TASKS |= {"toycode": "ToyCode", "resolve": "Resolve", "plans": "Plans"}
+TASKS |= {"toycode": "ToyCode", "resolve": "Resolve", "plans": "Plans", "patterns": "Patterns"}
 
 
 def task_class(spec: str) -> tuple[str, type, str]:

@@ -11,6 +11,7 @@
     chains         Chains            problems with steps, from a file: ProsQA, ProntoQA, GSM8K-Aug
     plans          Plans             the same with a plan before the steps (R-Capsule, 2509.22131)
     notations      Notations         countdown in two notations (R1's language mixing, 2501.12948)
+    patterns       Patterns          countdown by named operator patterns (2502.06772)
     code           Code              programs against tests, from a file (AceCode, 2502.01718)
     toycode        ToyCode           the program behind three inputs and outputs (its stand-in)
 
@@ -1568,3 +1569,109 @@ class Notations(Countdown):
         seen["first_notation"] = 1 - sum(worded) / max(1, len(worded))
         seen["mixed"] = len(set(worded)) == 2
         return seen
+
+
+# ---------------------------------------------------------------- countdown by operator patterns
+
+
+@functools.lru_cache(maxsize=2**16)
+def pattern_attempts(numbers: tuple[int, ...], first: str, second: str) -> list[tuple[int, str]]:
+    """(value, chain) of the ways to join two of three numbers by `first`, the third by `second`.
+
+    In the order of the numbers; a sum or product in one order only. All values are from 0 to 99.
+
+    >>> pattern_attempts((7, 1, 5), "-", "*")[:2], pattern_attempts((7, 1, 5), "*", "-")[0]
+    ([(30, '(7-1)*5=6*5=30'), (2, '(7-5)*1=2*1=2')], (2, '7*1-5=7-5=2'))
+    """
+    found, rank = [], {"+": 1, "-": 1, "*": 2, "/": 2}
+    for i, j in itertools.permutations(range(3), 2):
+        a, b, c = numbers[i], numbers[j], numbers[3 - i - j]
+        value = apply_operator(first, a, b)
+        if value not in range(100) or (first in "+*" and i > j):
+            continue
+        inner = f"{a}{first}{b}"
+        in_front = behind = inner
+        if rank[first] < rank[second]:
+            in_front = behind = f"({inner})"
+        elif rank[first] == rank[second] and second in "-/":
+            behind = f"({inner})"
+        ways = [(value, c, f"{in_front}{second}{c}={value}{second}{c}")]
+        if second in "-/":
+            ways.append((c, value, f"{c}{second}{behind}={c}{second}{value}"))
+        for left, right, chain in ways:
+            result = apply_operator(second, left, right)
+            if result in range(100):
+                found.append((int(result), f"{chain}={result}"))
+    return found
+
+
+@dataclass
+class Patterns(Countdown):
+    """Countdown for ReasonFlux (arXiv:2502.06772): a template is a pattern of two operators.
+
+    A problem with a "template" has its letter in the prompt, A for ++ to P for //, and its trace
+    tries what fits that pattern and nothing else; then it gives up.
+    """
+
+    guided: float = 0.0  # above 0: all have a template; the share of those that reach the target
+
+    NATURAL = {"high": 99, "min_target": 10}
+    LETTERS = "ABCDEFGHIJKLMNOP"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_numbers != 3 or not 0 <= self.guided <= 1:
+            raise BadInput(f"{self}: three numbers, guided 0 to 1 are allowed")
+
+    def attempts(self, problem: dict, template: int) -> list[tuple[int, str]]:
+        first, second = "+-*/"[template // 4], "+-*/"[template % 4]
+        return pattern_attempts(tuple(problem["numbers"]), first, second)
+
+    def reaching(self, problem: dict) -> list[int]:
+        """The places of the patterns that reach the target."""
+        target = problem["target"]
+        return [place for place in range(16) if target in dict(self.attempts(problem, place))]
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        """That of countdown, or, where no pattern reaches its target, a later one."""
+        while True:
+            problem = super().problem(split, seed, index)
+            reaching = self.reaching(problem)
+            if reaching:
+                break
+            index += 1_000_003
+        if self.guided:
+            rng = random.Random(f"template {split} {seed} {index}")
+            others = [place for place in range(16) if place not in reaching]
+            problem["template"] = rng.choice(reaching if rng.random() < self.guided else others)
+        return problem
+
+    def similar(self, problem: dict, count: int) -> list[dict]:
+        """At most `count` others of the same numbers and split that one of its patterns solves."""
+        rng = random.Random(f"similar {self.key(problem)}")
+        ways = self.attempts(problem, rng.choice(self.reaching(problem)))
+        values = sorted({value for value, _ in ways})
+        found = [{"numbers": problem["numbers"], "target": value} for value in values]
+        split = split_of(self.key(problem))
+        fits = range(self.min_target, self.max_target + 1)
+        found = [x for x in found if x["target"] in fits and x["target"] != problem["target"]]
+        found = [x for x in found if split_of(self.key(x)) == split]
+        return rng.sample(found, min(count, len(found)))
+
+    def compact(self, problem: dict) -> str:
+        asked = super().compact(problem)
+        if "template" not in problem:
+            return asked
+        return asked.replace("<think>", self.LETTERS[problem["template"]] + "<think>")
+
+    def trace(self, problem: dict, rng: random.Random) -> str:
+        """One try a line, in a fixed order, up to a hit."""
+        if "template" not in problem:
+            return super().trace(problem, rng)
+        lines, answer = [], "0"  # the answer is the last try
+        for value, chain in self.attempts(problem, problem["template"]):
+            lines.append(try_line(value, chain, problem["target"]))
+            answer = chain.partition("=")[0]
+            if value == problem["target"]:
+                break
+        return f"{''.join(lines)}</think><answer>{answer}</answer>"

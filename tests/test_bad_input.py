@@ -85,6 +85,14 @@ OWN = {  # for the script before the flags
     "more.prime --no-process --prm_updates 2": "--prm_updates does nothing with --no-process",
     "more.prime --gamma_process 2": "--gamma_process is above 1",
     "more.prime --prm {given}/other-size": "9 tokens, the policy has 230",
+    "more.reasonflux --x_sim 0": "X_sim of 0 problems",
+    "more.reasonflux --delta 1": "--delta 1.0: below 1",
+    "more.reasonflux --library {given}/cut.jsonl": "{given}/cut.jsonl",
+    "more.reasonflux --library models/tiny/config.json": '" holds no list of templates',
+    "more.reasonflux --task patterns:guided=0.8": "its prompts name a template",
+    "more.reasonflux --task gsm8k": "gsm8k",
+    "more.reasonflux --solver owner/name": "owner/name",
+    "more.reasonflux --sft_steps 0": "--sft_steps 0",
 }
 
 
