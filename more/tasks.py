@@ -44,7 +44,7 @@ from rewards import (
     mean,
     number_text,
     random_tree,
-    read_json,
+    read_jsonl,
     read_rows,
     reading,
     score,
@@ -800,9 +800,9 @@ class Navigation:
                 legs.append([heading, moves, place, rng.randrange(8)])
             problem = {"start": rng.choice(headings), "legs": legs}
             problem["space"] = rng.choice(["absolute", "relative"]) if easy else self.space
-            if split == "train" and not easy and self.other and rng.random() < self.other:
-                problem["space"] = {"absolute": "relative", "relative": "absolute"}[self.space]
             if easy or split_of(self.key(problem)) == split:
+                if split == "train" and not easy and rng.random() < self.other:
+                    problem["space"] = {"absolute": "relative", "relative": "absolute"}[self.space]
                 return problem
 
     def key(self, problem: dict) -> str:
@@ -962,7 +962,7 @@ class Noisy:
     """A task that scores a share of its training problems by a wrong gold (arXiv:2502.03373, 5).
 
     Which ones depends on the problem alone. near: the gold is that of a plausible `mistake`, else
-    that of any other problem. kept: a JSON list of the training problems that a filter left.
+    that of any other problem. kept: JSONL of the training problems that a filter left.
     """
 
     noise: float = 0.3
@@ -976,8 +976,7 @@ class Noisy:
         if self.near and not hasattr(self, "mistake"):
             raise BadInput(f"{self}: near needs a task that knows its mistakes")
         if self.kept:
-            with reading(self.kept):
-                self.left = read_json(self.kept)
+            self.left = read_jsonl(self.kept, dict)
 
     def problem(self, split: str, seed: int, index: int) -> dict:
         if split == "train" and self.kept:
