@@ -425,13 +425,13 @@ class Scene:
             raise BadInput(f"{self}: basics is a share, 0 to 1")
 
     def problem(self, split: str, seed: int, index: int) -> dict:
-        """cells: a letter for colour and one for shape, or "." for nothing."""
+        """cells: a letter for colour and one for shape, or ".." for nothing."""
         rng = random.Random(f"scene {split} {seed} {index}")
         easy = split == "train" and rng.random() < self.basics
         colours, shapes = list(self.COLOURS), list(self.SHAPES)
         while True:
             things = [rng.choice(colours) + rng.choice(shapes) for _ in range(16)]
-            cells = [thing if rng.random() < 0.5 else "." for thing in things]
+            cells = [thing if rng.random() < 0.5 else ".." for thing in things]
             kind = rng.choice("nnfl")
             asked = rng.choice({"n": colours + shapes, "f": shapes, "l": colours}[kind])
             problem = {"cells": cells, "asked": kind + asked, "picture": rng.getrandbits(32)}
@@ -462,7 +462,7 @@ class Scene:
 
         names = self.COLOURS | self.SHAPES
         cells = [tuple(names[x] for x in cell if x != ".") for cell in problem["cells"]]
-        options = "".join(map(str.__add__, "ABCD", problem["options"]))
+        options = "".join(map(str.__add__, problem["options"], "ABCD"))
         return f"{scene_tokens(cells, problem['picture'])}{problem['asked']}{options}<think>"
 
     def question(self, problem: dict) -> str:
@@ -871,10 +871,13 @@ class Navigation:
         return [IN_FULL.get(word, word) for word in words]
 
     def score(self, text: str, problem: dict, **kw) -> dict:
-        return score(text, extract_answer(text), self.said(text) == self.actions(problem), **kw)
+        """The reward of grpo.py is the share of right actions: the paper rewards each."""
+        right = self.said(text) == self.actions(problem)
+        parts = score(text, extract_answer(text), right, **kw)
+        return parts | {"reward": self.describe(text, problem)["right_actions"]}
 
     def describe(self, text: str, problem: dict) -> dict:
-        """The shares of the expert's actions and turns at their place (the first: paper's)."""
+        """The shares of the expert's actions and turns at their place."""
         right = self.actions(problem)
         said = [*self.said(text), *[""] * len(right)]  # too short: the rest is wrong
         turns = [i for i, action in enumerate(right) if action.startswith("turn")]

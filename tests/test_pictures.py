@@ -65,10 +65,11 @@ def test_pictures_leave_the_hands_as_they_are():
 def test_hands_to_read_have_all_suits():
     task = GeneralPoints(images=True, suits="black", basics=1.0)
     problems = [task.problem("train", 0, i) for i in range(40)]
-    assert len({suit for p in problems if p["kind"] == "read" for suit in p["suits"]}) == 4
+    read = [problem["suits"] for problem in problems if problem["kind"] == "read"]
+    assert len(set(sum(read, []))) == 4
 
 
-CELLS = "ro . gs . . bo . . . . . . . rt . gx".split()  # a red and a blue circle, ...
+CELLS = "ro .. gs .. .. bo .. .. .. .. .. .. .. rt .. gx".split()  # a red and a blue circle, ...
 
 
 @pytest.mark.parametrize(
@@ -95,13 +96,13 @@ def test_one_option_is_right_and_only_its_letter_counts():
 
 def test_an_expansion_reads_one_record_and_concludes_of_one():
     task, problem = Scene(), {"cells": CELLS, "asked": "nr", "options": ["1", "2", "0", "3"]}
-    other = ["rx"] * 3 + ["."] * 13
-    expected = "waitro.gs. 1\n.bo.. 1\n.... 1\n.rt.gx 2\n2</think><answer>B</answer>"
+    other = ["rx"] * 3 + [".."] * 13
+    expected = "waitro..gs.. 1\n..bo.... 1\n........ 1\n..rt..gx 2\n2</think><answer>B</answer>"
     assert task.expand(problem, CELLS, CELLS) == expected
-    assert task.expand(problem, other, other).endswith("\n.... 3\n3</think><answer>D</answer>")
+    assert task.expand(problem, other, other).endswith("\n........ 3\n3</think><answer>D</answer>")
     swapped = task.expand(problem, other, CELLS)
-    assert swapped.startswith("waitrxrxrx. 3\n") and swapped.endswith("B</answer>")
-    assert task.expand(problem, 4 * ["rx"] + 12 * ["."], 4 * ["rx"]).endswith("<answer>-</answer>")
+    assert swapped.startswith("waitrxrxrx.. 3\n") and swapped.endswith("B</answer>")
+    assert task.expand(problem, 4 * ["rx"] + 12 * [".."], 4 * ["rx"]).endswith("<answer>-</answer>")
 
 
 def test_a_wrong_guess_put_right():
@@ -131,7 +132,6 @@ def test_codes_are_no_words_of_a_large_model(task):
 
 
 def test_routes_in_the_other_space():
-    """Knob other: training alone, about that share, nothing else of the route changes."""
     plain, both = make_task("navigation"), make_task("navigation:other=0.5")
     spaces = []
     for i in range(200):
@@ -144,8 +144,7 @@ def test_routes_in_the_other_space():
 
 def test_turns_are_counted_without_the_moves():
     task = make_task("navigation")
-    legs = [[90, 2, 1, 6], [0, 1, 5, 2]]
-    problem = {"start": 0, "legs": legs, "space": "absolute"}
+    problem = {"start": 0, "legs": [[90, 2, 1, 6], [0, 1, 5, 2]], "space": "absolute"}
     assert task.actions(problem)[::3] == ["turn_direction(east)", "turn_direction(north)"]
     found = task.describe("</think><answer>e f f e f !</answer>", problem)
     assert found == {"right_actions": 5 / 6, "right_turns": 1 / 2}
@@ -171,7 +170,6 @@ def test_a_fixed_share_of_golds_is_wrong():
 
 @pytest.mark.parametrize("a, b, wrong", [(39, 79, 39 * 70), (9, 35, 9 * 30), (9, 40, 9 * 50)])
 def test_a_plausible_mistake(a, b, wrong):
-    """The last product forgotten, or the next of the table."""
     other = make_task(NOISY).mistake({"a": a, "b": b})
     assert other["a"] * other["b"] == wrong
 
