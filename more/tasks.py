@@ -410,6 +410,8 @@ class GeneralPoints:
 class Scene:
     """A question with four options on a picture of 4 x 4 cells, seen as codes (arXiv:2504.15362).
 
+    The answer is the right option itself: a letter for it is a second task for a tiny model.
+
     The record, what is where, serves the question, the verdict and the reasoner that expands a
     thought (`expand`); the model sees the codes of more/pictures.py alone. Asked is how many are of
     a colour or shape, for the colour of the first of a shape, the shape of the last of a colour.
@@ -462,30 +464,25 @@ class Scene:
 
         names = self.COLOURS | self.SHAPES
         cells = [tuple(names[x] for x in cell if x != ".") for cell in problem["cells"]]
-        options = "".join(map(str.__add__, problem["options"], "ABCD"))
+        options = "".join(problem["options"])
         return f"{scene_tokens(cells, problem['picture'])}{problem['asked']}{options}<think>"
 
     def question(self, problem: dict) -> str:
         raise BadInput("the codes of a picture are words of a tiny model alone")
 
     def answer(self, problem: dict) -> str:
-        """The letter of the right option; of a picture to read its record."""
+        """The right option; of a picture to read its record."""
         if problem["asked"] == "?":
             return "".join(problem["cells"])
-        return self.letter(problem, self.value(problem["cells"], problem["asked"]))
-
-    def letter(self, problem: dict, value: str) -> str:
-        return "ABCD"[problem["options"].index(value)]
+        return self.value(problem["cells"], problem["asked"])
 
     def trace(self, problem: dict, rng: random.Random) -> str:
         """A short thought: the value alone."""
-        thought = ""
-        if problem["asked"] != "?":
-            thought = self.value(problem["cells"], problem["asked"])
-        return f"{thought}</think><answer>{self.answer(problem)}</answer>"
+        answer = self.answer(problem)
+        return f"{'' if problem['asked'] == '?' else answer}</think><answer>{answer}</answer>"
 
     def expand(self, problem: dict, seen: list[str], concluded: list[str]) -> str:
-        """A reasoner's thought: rows of cells, after each the value so far; the value and letter.
+        """A reasoner's thought: rows of cells, after each the value so far; then the answer.
 
         seen and concluded are the cells of the rows and of the conclusion: this picture's or not.
         """
@@ -494,11 +491,9 @@ class Scene:
             so_far = self.value(seen[:end], problem["asked"])
             lines.append(f"{''.join(seen[end - 4 : end])} {so_far}\n")
         value = self.value(concluded, problem["asked"])
-        final = self.letter(problem, value) if value in problem["options"] else "-"
-        return f"wait{''.join(lines)}{value}</think><answer>{final}</answer>"
+        return f"wait{''.join(lines)}{value}</think><answer>{value}</answer>"
 
     def score(self, text: str, problem: dict, **kw) -> dict:
-        """The letter counts, never the option's text (the authors' code takes any option's)."""
         answer = extract_answer(text)
         return score(text, answer, answer == self.answer(problem), **kw)
 

@@ -81,36 +81,34 @@ def test_what_is_asked_of_a_scene(asked, value):
     assert Scene().value(CELLS, asked) == value
 
 
-def test_one_option_is_right_and_only_its_letter_counts():
+def test_one_option_is_right():
     task = make_task("scene")
     for i in range(100):
         problem = task.problem("train", 0, i)
         gold = task.value(problem["cells"], problem["asked"])
         assert problem["options"].count(gold) == 1 and len(set(problem["options"])) == 4
-        for letter in "ABCD":
-            text = f"{gold}</think><answer>{letter}</answer>"
-            right = problem["options"]["ABCD".index(letter)] == gold
-            assert task.score(text, problem)["correct"] == right
-        assert not task.score(f"</think><answer>{gold}</answer>", problem)["correct"]
+        for option in problem["options"]:
+            text = f"{gold}</think><answer>{option}</answer>"
+            assert task.score(text, problem)["correct"] == (option == gold)
 
 
 def test_an_expansion_reads_one_record_and_concludes_of_one():
     task, problem = Scene(), {"cells": CELLS, "asked": "nr", "options": ["1", "2", "0", "3"]}
     other = ["rx"] * 3 + [".."] * 13
-    expected = "waitro..gs.. 1\n..bo.... 1\n........ 1\n..rt..gx 2\n2</think><answer>B</answer>"
+    expected = "waitro..gs.. 1\n..bo.... 1\n........ 1\n..rt..gx 2\n2</think><answer>2</answer>"
     assert task.expand(problem, CELLS, CELLS) == expected
-    assert task.expand(problem, other, other).endswith("\n........ 3\n3</think><answer>D</answer>")
+    assert task.expand(problem, other, other).endswith("\n........ 3\n3</think><answer>3</answer>")
     swapped = task.expand(problem, other, CELLS)
-    assert swapped.startswith("waitrxrxrx.. 3\n") and swapped.endswith("B</answer>")
-    assert task.expand(problem, 4 * ["rx"] + 12 * [".."], 4 * ["rx"]).endswith("<answer>-</answer>")
+    assert swapped.startswith("waitrxrxrx.. 3\n") and swapped.endswith("2</answer>")
+    assert task.expand(problem, 4 * ["rx"] + 12 * [".."], 4 * ["rx"]).endswith("4</answer>")
 
 
 def test_a_wrong_guess_put_right():
     task, problem = Scene(), {"cells": CELLS, "asked": "nr", "options": ["1", "2", "0", "3"]}
     expansion = task.expand(problem, CELLS, CELLS)
     cases = {"1" + expansion: (0, 1, 1), "2" + expansion: (1, 1, 0)}
-    cases["2</think><answer>B</answer>"] = (1, 0, 0)
-    cases["1</think><answer>A</answer>"] = (0, 0, 0)
+    cases["2</think><answer>2</answer>"] = (1, 0, 0)
+    cases["1</think><answer>1</answer>"] = (0, 0, 0)
     for text, marks in cases.items():
         assert tuple(task.describe(text, problem).values()) == marks
 

@@ -10,7 +10,7 @@ verdict. The base has learnt to name a record and to guess at once. Then, as in 
 
 Arms, from the base, with equally many trained tokens:
 
-    direct    the right letter, no thought
+    direct    the right option, no thought
     short     right short thoughts
     expanded  as many X->O as O and O->O; of an X->O only what comes after the X is learnt
     swapped   the same, with the rows of another picture before the right answer
@@ -46,7 +46,7 @@ CLAIMS = [
 ]
 TASK = "more/tasks.py:Scene"
 QUESTIONS, THOUGHTS = 1500, 3
-BASE_STEPS, TOKENS, BATCH = 400, 250_000, 32  # of the base; trained by each arm
+BASE_STEPS, TOKENS, BATCH = 1500, 250_000, 32  # of the base; trained by each arm
 ARMS = "direct", "short", "expanded", "swapped"
 DPO = "--lr 1e-4 --sft_coef 1 --beta 0.2 --eval_problems 0"  # as the released settings
 EVALUATION = "--max_new_tokens 96 --eval_problems 200 --eval_samples 4"
@@ -115,7 +115,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     out, seed = args.out.resolve(), ["--seed", str(args.seed)]
-    teach = f"--task {TASK}:basics=0.5 --lr 3e-3 --warmup_steps 10 --eval_problems 0"
+    teach = f"--task {TASK}:basics=0.4 --lr 3e-3 --warmup_steps 10 --eval_problems 0"
     steps = ["--steps", str(BASE_STEPS)]
     run_script(out / "start", "sft.py", "--model", "tiny-draft", *teach.split(), *steps, *seed)
     base = out / "start" / f"step-{BASE_STEPS:06d}"
