@@ -622,7 +622,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 TASKS = {"countdown": Countdown, "gsm8k": GSM8K, "math": Math}  # below: more/tasks.py
 TASKS |= {"multiplication": "Multiplication", "generalpoints": "GeneralPoints", "code": "Code"}
-TASKS |= {"knights": "KnightsAndKnaves", "navigation": "Navigation", "notations": "Notations"}
+TASKS |= {"knights": "KnightsAndKnaves", "navigation": "Navigation", "scene": "Scene", "notations": "Notations"}
 TASKS |= {"affine": "AffineChain", "s3": "S3", "prosqa": "ProsQA", "chains": "Chains"}
 TASKS |= {"toycode": "ToyCode", "resolve": "Resolve", "plans": "Plans", "patterns": "Patterns"}
 

@@ -1,6 +1,7 @@
 """More tasks, for any script: --task knights:max_people=5, or more/tasks.py:KnightsAndKnaves:..
 
     generalpoints  GeneralPoints     reach a target with a hand of cards (arXiv:2501.17161 sec. 4.1)
+    scene          Scene             a question on a picture, seen as codes (2504.15362)
     navigation     Navigation        follow a route in words (2501.17161 app. B)
     knights        KnightsAndKnaves  who always tells the truth? (2505.13718)
     multiplication Multiplication    products of two integers (TinyZero)
@@ -44,8 +45,10 @@ from rewards import (
     evaluate,
     expression_tokens,
     extract_answer,
+    mean,
     number_text,
     random_tree,
+    read_jsonl,
     read_rows,
     reading,
     score,
@@ -253,8 +256,11 @@ class GeneralPoints:
     faces: int = 0  # face cards on every hand, at least
     turns: int = 1  # so many attempts less one, at most, stand in the prompt, with their verdicts
     basics: float = 0.0  # share of easier training problems, to read a hand or with plain numbers
+    images: bool = False  # cards as codes of a picture (more/pictures.py)
+    suits: str = "both"  # black, red, both: of pictures to solve
 
     NATURAL = {"cards": 4, "target": 24}
+    SUITS = {"black": ("spades", "clubs"), "red": ("hearts", "diamonds")}
     CHECKS = 5  # attempts that the verifier looks at; a sixth costs 1 point unseen
     MARKS = {"illegal": "#s", "wrong_numbers": "#n", "wrong_value": "#v"}  # syntax, numbers, value
     REASONS = {
@@ -271,6 +277,8 @@ class GeneralPoints:
         if not known or not 0 <= self.basics <= 1:
             allowed = f"rule 10 or 13, turns 1 to {self.CHECKS} and basics 0 to 1 are allowed"
             raise BadInput(f"{self}: {allowed}")
+        if self.suits not in (*self.SUITS, "both"):
+            raise BadInput(f"{self}: suits are black, red or both")
 
     def problem(self, split: str, seed: int, index: int) -> dict:
         rng = random.Random(f"generalpoints {split} {seed} {index}")
@@ -288,6 +296,10 @@ class GeneralPoints:
                     continue
             for _ in range(rng.randrange(self.turns) if kind == "solve" else 0):
                 problem = self.revise(problem, f"<answer>{self.failure(problem, rng)}</answer>")
+            if self.images:
+                some = self.SUITS.get(self.suits) if kind == "solve" else None
+                suits = rng.choices(some or sum(self.SUITS.values(), ()), k=self.cards)
+                problem |= {"suits": suits, "picture": rng.getrandbits(32)}
             return problem
         raise BadInput(f"no solvable hand found for {self}; take more cards or target=0")
 
@@ -322,6 +334,11 @@ class GeneralPoints:
 
     def compact(self, problem: dict) -> str:
         hand = f"R{problem['rule']}|{','.join(problem['cards'])}"
+        if "picture" in problem:
+            from more.pictures import hand_tokens
+
+            codes = hand_tokens(problem["cards"], problem["suits"], problem["picture"])
+            hand = f"R{problem['rule']}|{codes}"
         if problem["kind"] == "read":
             return f"{hand}?<think>"
         if problem["kind"] == "plain":
@@ -330,6 +347,8 @@ class GeneralPoints:
         return f"{hand}={problem['target']}{failed}<think>"
 
     def question(self, problem: dict) -> str:
+        if self.images:
+            raise BadInput("the codes of a picture are words of a tiny model alone")
         faces = "J counts as 11, Q as 12 and K as 13"
         if problem["rule"] == 10:
             faces = "J, Q and K each count as 10"
@@ -386,6 +405,110 @@ class GeneralPoints:
 
     def describe(self, text: str, problem: dict) -> dict:
         return Countdown().describe(text, problem)
+
+
+# ---------------------------------------------------------------------- questions on a picture
+
+
+@dataclass
+class Scene:
+    """A question with four options on a picture of 4 x 4 cells, seen as codes (arXiv:2504.15362).
+
+    The answer is the right option itself: a letter for it is a second task for a tiny model.
+
+    The record, what is where, serves the question, the verdict and the reasoner that expands a
+    thought (`expand`); the model sees the codes of more/pictures.py alone. Asked is how many are of
+    a colour or shape, for the colour of the first of a shape, the shape of the last of a colour.
+    """
+
+    basics: float = 0.0  # share of training problems that ask for the record itself
+
+    COLOURS = {"r": "red", "g": "green", "b": "blue", "y": "yellow"}
+    SHAPES = {"o": "circle", "s": "square", "t": "triangle", "x": "cross"}
+
+    def __post_init__(self):
+        if not 0 <= self.basics <= 1:
+            raise BadInput(f"{self}: basics is a share, 0 to 1")
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        """cells: a letter for colour and one for shape, or ".." for nothing."""
+        rng = random.Random(f"scene {split} {seed} {index}")
+        easy = split == "train" and rng.random() < self.basics
+        colours, shapes = list(self.COLOURS), list(self.SHAPES)
+        while True:
+            things = [rng.choice(colours) + rng.choice(shapes) for _ in range(16)]
+            cells = [thing if rng.random() < 0.5 else ".." for thing in things]
+            kind = rng.choice("nnfl")
+            asked = rng.choice({"n": colours + shapes, "f": shapes, "l": colours}[kind])
+            problem = {"cells": cells, "asked": kind + asked, "picture": rng.getrandbits(32)}
+            if easy:
+                return problem | {"asked": "?", "options": []}
+            gold = self.value(cells, problem["asked"])
+            if gold == "-" or split_of(self.key(problem)) != split:
+                continue
+            others = {"f": colours, "l": shapes}.get(kind) or [str(n) for n in range(7)]
+            others = rng.sample([value for value in others if value != gold], 3)
+            return problem | {"options": rng.sample([gold, *others], 4)}
+
+    def key(self, problem: dict) -> str:
+        return f"{''.join(problem['cells'])} {problem['asked']}"
+
+    def value(self, cells: list[str], asked: str) -> str:
+        """What is asked for, of some cells; "-": there is none."""
+        kind, what = asked
+        found = [cell for cell in cells if what in cell]
+        if kind == "n":
+            return str(len(found))
+        if not found:
+            return "-"
+        return found[0][0] if kind == "f" else found[-1][1]
+
+    def compact(self, problem: dict) -> str:
+        from more.pictures import scene_tokens
+
+        names = self.COLOURS | self.SHAPES
+        cells = [tuple(names[x] for x in cell if x != ".") for cell in problem["cells"]]
+        options = "".join(problem["options"])
+        return f"{scene_tokens(cells, problem['picture'])}{problem['asked']}{options}<think>"
+
+    def question(self, problem: dict) -> str:
+        raise BadInput("the codes of a picture are words of a tiny model alone")
+
+    def answer(self, problem: dict) -> str:
+        """The right option; of a picture to read its record."""
+        if problem["asked"] == "?":
+            return "".join(problem["cells"])
+        return self.value(problem["cells"], problem["asked"])
+
+    def trace(self, problem: dict, rng: random.Random) -> str:
+        """A short thought: the value alone."""
+        answer = self.answer(problem)
+        return f"{'' if problem['asked'] == '?' else answer}</think><answer>{answer}</answer>"
+
+    def expand(self, problem: dict, seen: list[str], concluded: list[str]) -> str:
+        """A reasoner's thought: rows of cells, after each the value so far; then the answer.
+
+        seen and concluded are the cells of the rows and of the conclusion: this picture's or not.
+        """
+        lines = []
+        for end in (4, 8, 12, 16):
+            so_far = self.value(seen[:end], problem["asked"])
+            lines.append(f"{''.join(seen[end - 4 : end])} {so_far}\n")
+        value = self.value(concluded, problem["asked"])
+        return f"wait{''.join(lines)}{value}</think><answer>{value}</answer>"
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        answer = extract_answer(text)
+        return score(text, answer, answer == self.answer(problem), **kw)
+
+    def describe(self, text: str, problem: dict) -> dict:
+        """Is the first guess right, is it looked at again, is it put right?"""
+        thought = text.partition("</think>")[0]
+        first, again, _ = thought.partition("wait")
+        guess = first.strip() == self.value(problem["cells"], problem["asked"])
+        right = extract_answer(text) == self.answer(problem)
+        marks = {"first_right": guess, "waits": again != "", "corrected": right and not guess}
+        return {name: float(mark) for name, mark in marks.items()}
 
 
 # ------------------------------------------------------------------------ Knights & Knaves
@@ -650,6 +773,7 @@ class Navigation:
     grain: int = 45  # headings are multiples of so many degrees
     space: str = "absolute"
     basics: float = 0.0  # share of easier training problems: one turn and stop, in either space
+    other: float = 0.0  # share of the other training routes that want the other space
 
     NATURAL = {"min_legs": 2, "max_legs": 6}
 
@@ -658,8 +782,9 @@ class Navigation:
         if not legs or not 1 <= self.max_steps <= 100 or not 1 <= self.grain <= 180:
             allowed = "1 <= min_legs <= max_legs <= 20, max_steps 1 to 100, grain 1 to 180"
             raise BadInput(f"{self}: {allowed} are allowed")
-        if self.space not in ("absolute", "relative") or not 0 <= self.basics <= 1:
-            raise BadInput(f"{self}: space is absolute or relative, basics 0 to 1")
+        shares = 0 <= self.basics <= 1 and 0 <= self.other <= 1
+        if self.space not in ("absolute", "relative") or not shares:
+            raise BadInput(f"{self}: space is absolute or relative, basics and other 0 to 1")
 
     def problem(self, split: str, seed: int, index: int) -> dict:
         """Each leg is heading, forward moves, landmark and its bearing at the end."""
@@ -675,6 +800,8 @@ class Navigation:
             problem = {"start": rng.choice(headings), "legs": legs}
             problem["space"] = rng.choice(["absolute", "relative"]) if easy else self.space
             if easy or split_of(self.key(problem)) == split:
+                if split == "train" and not easy and rng.random() < self.other:
+                    problem["space"] = {"absolute": "relative", "relative": "absolute"}[self.space]
                 return problem
 
     def key(self, problem: dict) -> str:
@@ -743,12 +870,18 @@ class Navigation:
         return [IN_FULL.get(word, word) for word in words]
 
     def score(self, text: str, problem: dict, **kw) -> dict:
-        return score(text, extract_answer(text), self.said(text) == self.actions(problem), **kw)
+        """The reward of grpo.py is the share of right actions: the paper rewards each."""
+        right = self.said(text) == self.actions(problem)
+        parts = score(text, extract_answer(text), right, **kw)
+        return parts | {"reward": self.describe(text, problem)["right_actions"]}
 
     def describe(self, text: str, problem: dict) -> dict:
-        """The share of the expert's actions at their place (the paper's per-step accuracy)."""
+        """The shares of the expert's actions and turns at their place."""
         right = self.actions(problem)
-        return {"right_actions": sum(map(operator.eq, self.said(text), right)) / len(right)}
+        said = [*self.said(text), *[""] * len(right)]  # too short: the rest is wrong
+        turns = [i for i, action in enumerate(right) if action.startswith("turn")]
+        shares = {"right_actions": range(len(right)), "right_turns": turns}
+        return {name: mean(said[i] == right[i] for i in at) for name, at in shares.items()}
 
     def trace(self, problem: dict, rng: random.Random) -> str:
         """A line per leg, its actions and what is seen after each; then the actions."""
@@ -821,6 +954,61 @@ class Multiplication:
 
     def score(self, text: str, problem: dict, **kw) -> dict:
         return score_multiplication(text, problem["a"], problem["b"], **kw)
+
+
+# ----------------------------------------------------------------------------- wrong golds
+
+
+@dataclass
+class Noisy:
+    """A task that scores a share of its training problems by a wrong gold (arXiv:2502.03373, 5).
+
+    Which ones depends on the problem alone. near: the gold is that of a plausible `mistake`, else
+    that of any other problem. kept: JSONL of the training problems that a filter left.
+    """
+
+    noise: float = 0.3
+    near: bool = False
+    kept: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.noise <= 1:
+            raise BadInput(f"{self}: noise is a share, 0 to 1")
+        if self.near and not hasattr(self, "mistake"):
+            raise BadInput(f"{self}: near needs a task that knows its mistakes")
+        if self.kept:
+            self.left = read_jsonl(self.kept, dict)
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        if split == "train" and self.kept:
+            return self.left[index % len(self.left)]
+        problem = super().problem(split, seed, index)
+        rng = random.Random(f"noise {self.key(problem)}")
+        if split == "train" and rng.random() < self.noise:
+            other = super().problem(split, 0, rng.randrange(10**6))
+            return problem | {"scored_as": self.mistake(problem) if self.near else other}
+        return problem
+
+    def score(self, text: str, problem: dict, **kw) -> dict:
+        return super().score(text, problem.get("scored_as", problem), **kw)
+
+
+@dataclass
+class NoisyMultiplication(Noisy, Multiplication):
+    """Its traces stay right: only the verdict errs."""
+
+    def mistake(self, problem: dict) -> dict:
+        """The last product forgotten; if it is the only one, the next in the table."""
+        few, many = sorted((problem["a"], problem["b"]))
+        step = 10 ** (len(str(many)) - len(str(many).rstrip("0")))
+        single = many // step < 10
+        return {"a": few, "b": many + step if single else many - many // step % 10 * step}
+
+
+@dataclass
+class NoisyGSM8K(Noisy, GSM8K):
+    """Lines of GSM8K of which some want the answer to another."""
 
 
 # ---------------------------------------------------------------- chains of small steps
