@@ -621,10 +621,10 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 TASKS = {"countdown": Countdown, "gsm8k": GSM8K, "math": Math}  # below: more/tasks.py
-TASKS |= {"multiplication": "Multiplication", "generalpoints": "GeneralPoints", "code": "Code"}
-TASKS |= {"knights": "KnightsAndKnaves", "navigation": "Navigation", "scene": "Scene", "notations": "Notations"}
-TASKS |= {"affine": "AffineChain", "s3": "S3", "prosqa": "ProsQA", "chains": "Chains"}
-TASKS |= {"toycode": "ToyCode", "resolve": "Resolve", "plans": "Plans", "patterns": "Patterns"}
+TASKS |= {"multiplication": "Multiplication", "generalpoints": "GeneralPoints", "prosqa": "ProsQA"}
+TASKS |= {"knights": "KnightsAndKnaves", "navigation": "Navigation", "notations": "Notations"}
+TASKS |= {"affine": "AffineChain", "patterns": "Patterns", "toycode": "ToyCode", "chains": "Chains"}
+TASKS |= {"resolve": "Resolve", "scene": "Scene", "plans": "Plans", "code": "Code", "s3": "S3"}
 
 
 def task_class(spec: str) -> tuple[str, type, str]:
