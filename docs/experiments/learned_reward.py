@@ -101,6 +101,9 @@ def main() -> None:
         trained = ["--model", str(out / arm / "step-000016")]
         [row] = run_script(out / f"{arm}-after", "grpo.py", *trained, *seed, *EVALUATION, *spec)
         values |= values_of(arm, steps, row)
+        if arm == "weak":  # the start by the weak model, on the same problems
+            [row] = run_script(out / "before-weak", "grpo.py", *base, *seed, *EVALUATION, *spec)
+            values["before_weak_z"] = row["eval/learned"]
     print(json.dumps({name: round(value, 4) for name, value in values.items()}, indent=2))
 
 
