@@ -194,7 +194,9 @@ def test_scores_are_the_reward_models(made, tmp_path, kind, reduce):
     steps = [1 / (1 + math.exp(-r)) for r in rm.score_rows(model, head, whole)]
     assert len(steps) == 2
     expected = steps[-1] if reduce == "last" else min(steps)
+    whole = row[0], row[1][:-1] + model.eos_ids[:1]  # the last step of an answer ends with a text
     assert verifier.rate([row, row]) == pytest.approx([expected] * 2, abs=1e-5)
+    assert kind != "process" or verifier.rate([whole]) == pytest.approx([expected], abs=1e-5)
 
 
 def test_rule_is_pass_at_n_and_the_search_is_read(run, cwd):

@@ -181,18 +181,15 @@ class StepVerifier(bn.Verifier):
     def rate_lines(self, rows: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         """r of each line of (prompt, tokens); the last may end with the answer."""
         scores: list[list[float]] = [[] for _ in rows]
-        line, ends = self.delimiters[0], self.model.eos_ids
-        texts = []
-        for asked, tokens in rows:
-            closed = [line if token in ends else token for token in tokens]  # as it was learnt
-            texts.append(asked + closed)
+        texts = [asked + [self.closed.get(i, i) for i in tokens] for asked, tokens in rows]
         self.read += sum(map(len, texts))
         for batch in micro_batches(list(map(len, texts)), 4096):
             padded = bn.pad_rows([texts[i] for i in batch], self.head.weight.device, torch.long)
             r = self.head(self.model(padded).float())[..., 0].sigmoid()  # (B, T)
             for k, i in enumerate(batch):
                 first, last = len(rows[i][0]), len(texts[i]) - 1
-                at = [t for t in range(first, last + 1) if texts[i][t] == line or t == last]
+                line = self.delimiters
+                at = [t for t in range(first, last + 1) if texts[i][t] in line or t == last]
                 scores[i] = r[k, at].tolist()
         return scores
 
