@@ -127,11 +127,9 @@ def main() -> None:
         result["cpu_seconds_solver"] = run_script("sft.py", flags, out / "solver")
         folder = out / "solver" / "step-000300"
 
-    solver, tiny, rng = (
-        Answering(folder, args.seed),
-        Answering("tiny", args.seed),
-        Random(args.seed),
-    )
+    solver = Answering(folder, args.seed)
+    tiny = Answering("tiny", args.seed)
+    rng = Random(args.seed)
     problems = heldout(PATTERNS, 200)
     fixed = best_pattern(solver, args.seed)
     plans = {
