@@ -17,8 +17,8 @@ the same random numbers for all, the accuracy of
 and plan_reward_sft, plan_reward_after: mean R (eq. 2) of the navigator's plans over X_sim. tokens_*
 are mean lengths, se_* standard errors over problems, named_* shares of plans that name a template.
 
-CLAIMS were written before the runs of seeds 0, 1, 2; the traces, learning rates and numbers of
-steps were chosen on seed 100.
+CLAIMS were written before the runs of seeds 0, 1, 2; the traces, learning rates, beta, a and numbers
+of steps were chosen on seed 100.
 """
 
 import argparse
@@ -127,7 +127,9 @@ def main() -> None:
         result["cpu_seconds_solver"] = run_script("sft.py", flags, out / "solver")
         folder = out / "solver" / "step-000300"
 
-    solver, tiny, rng = Answering(folder, args.seed), Answering("tiny", args.seed), Random(args.seed)
+    solver = Answering(folder, args.seed)
+    tiny = Answering("tiny", args.seed)
+    rng = Random(args.seed)
     problems = heldout(PATTERNS, 200)
     fixed = best_pattern(solver, args.seed)
     plans = {
