@@ -24,8 +24,9 @@ def results(name: str) -> dict[str, list[float]]:
 def draw(ax, label: str, xs: list[float], values: list[list[float]], style: str = "o-") -> None:
     """Mean and range of the seeds' values at each x."""
     means = [sum(seeds) / len(seeds) for seeds in values]
-    below = [mean - min(seeds) for mean, seeds in zip(means, values, strict=True)]
-    above = [max(seeds) - mean for mean, seeds in zip(means, values, strict=True)]
+    pairs = list(zip(means, values, strict=True))
+    below = [max(0.0, mean - min(seeds)) for mean, seeds in pairs]  # equal ones round below 0
+    above = [max(0.0, max(seeds) - mean) for mean, seeds in pairs]
     ax.errorbar(xs, means, (below, above), fmt=style, markersize=4, elinewidth=1, label=label)
 
 
@@ -151,6 +152,37 @@ def specreason() -> None:
     save(figure, "specreason")
 
 
+def best_of_n() -> None:
+    """Accuracy by the tokens of 1 to 16 answers, for easy, medium and hard problems."""
+    values, sizes = results("best_of_n_bins"), [1, 2, 4, 8, 16]
+    ways = {
+        "one of them right": "best_rule",
+        "vote weighted by likelihood": "vote_likelihood",
+        "vote weighted by reward model": "vote_model",
+        "majority": "majority",
+        "best by reward model": "best_model",
+        "likeliest": "best_likelihood",
+    }
+    bins = {"easy": "easy: half right or more", "medium": "medium", "hard": "hard: less than 0.1"}
+    figure = Figure((9, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    for ax, (name, title) in zip(axes, bins.items(), strict=True):
+        tokens = sum(values[f"tokens_{name}"]) / len(values[f"tokens_{name}"])
+        for label, way in ways.items():
+            points = [values[f"{way}_{size}_{name}"] for size in sizes]
+            style = "k:" if way == "best_rule" else "o-"
+            draw(ax, label, [tokens * size for size in sizes], points, style)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks([tokens * size for size in sizes], [f"{tokens * n:.0f}" for n in sizes])
+        ax.set_title(title, fontsize=10)
+    axes[0].set_ylabel("accuracy (share of problems)")
+    axes[0].set_ylim(0, 1.02)
+    axes[1].set_xlabel("sampled tokens: of 1, 2, 4, 8 and 16 answers")
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(*lines, frameon=False, ncols=3, loc="outside lower center")
+    save(figure, "best_of_n")
+
+
 def sft() -> None:
     """R1's four stages on a student: what each data set gives."""
     values = results("data_r1_stages")
@@ -174,5 +206,5 @@ def sft() -> None:
 
 
 if __name__ == "__main__":
-    for picture in (nsr, ppo, coconut, recurrent_depth, budget_forcing, specreason, sft):
+    for picture in (nsr, ppo, coconut, recurrent_depth, budget_forcing, specreason, best_of_n, sft):
         picture()

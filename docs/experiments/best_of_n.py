@@ -51,7 +51,7 @@ MODEL_CLAIMS = [  # with --verifier, a checkpoint of python more/reward_model.py
     "best_model_16 >= mean + 0.15",  # 0.917, 0.661
     "best_model_16 <= majority_16",  # 0.955
 ]
-PICTURE = "majority", "vote_likelihood", "vote_model", "best_likelihood", "best_fsf", "best_rule"
+PICTURE = "majority", "vote_likelihood", "vote_model", "best_likelihood", "best_model", "best_rule"
 MORE = {f"best_{name}": name for name in ("fsf", "review", "claim", "tries")}
 
 
