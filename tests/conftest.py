@@ -55,9 +55,9 @@ TRAINING = {
         "--prm tiny --prm_beta 1 --prm_updates 2 --updates 2 --lr 0.01 --prm_lr 0.01",
     ),
     "more.r_capsule": (WARM, "--k 3 --bottleneck 8 --recon 0.5 --lr 0.01"),
-    # a plan of one token: a random model hardly ever ends after a letter
+    # a rate at which models/tiny names letters after one step
     "more.reasonflux": (
-        f"{WARM} --sft_steps 1 --sample 8 --attempts 32 --max_plan_tokens 1",
+        f"{WARM} --sft_steps 1 --sft_lr 0.1 --sample 8 --attempts 32 --max_plan_tokens 1",
         "--micro_batch_tokens 64 --beta 1 --sft_lr 0.01 --lr 0.01",
     ),
 }
