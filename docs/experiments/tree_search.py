@@ -18,7 +18,7 @@ pruned rows too: majority, best of N and weighted vote by a reward model, beam a
 more/best_of_n.py among all ways of the main one and ways to reduce its scores, chosen on every other
 problem and measured on the rest; single: the one way that is best on all of the former.
 
-    python docs/experiments/tree_search.py --models out/tree --make 100    # once
+    python docs/experiments/tree_search.py --models out/tree --make    # once
     python docs/experiments/tree_search.py --models out/tree --seed 0
 
 Claims, written down before the runs of seeds 0, 1, 2, are in CLAIMS; _hard: on the medium and hard
@@ -350,7 +350,8 @@ def values_of(rows: list[tuple[str, dict]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", type=Path, required=True, help="folder of policy and judges")
-    parser.add_argument("--make", type=int, help="make these with this seed, and nothing else")
+    text = "make these with this seed, and nothing else"
+    parser.add_argument("--make", type=int, nargs="?", const=100, help=text)
     parser.add_argument("--seed", type=int, default=0, help="of problems and answers")
     parser.add_argument("--problems", type=int, default=200)
     args = parser.parse_args()
