@@ -18,7 +18,7 @@ pruned rows too: majority, best of N and weighted vote by a reward model, beam a
 more/best_of_n.py among all ways of the main one and ways to reduce its scores, chosen on every other
 problem and measured on the rest; single: the one way that is best on all of the former.
 
-    python docs/experiments/tree_search.py --models out/tree --make    # once, seed 100
+    python docs/experiments/tree_search.py --models out/tree --make    # once
     python docs/experiments/tree_search.py --models out/tree --seed 0
 
 Claims, written down before the runs of seeds 0, 1, 2, are in CLAIMS; _hard: on the medium and hard
@@ -100,13 +100,13 @@ class Lettered(AffineChain):
 # ---- the policy and its reward models
 
 
-def train_policy(out: Path) -> Path:
+def train_policy(out: Path, seed: int) -> Path:
     """sft.py, interrupted where a trace has a loss of ENOUGH; its checkpoint.
 
     The traces of a step were not seen before, so this is the loss of held-out ones.
     """
     flags = f"--task {TASK} --num_layers 2 --hidden_size 64 --steps 3000 --eval_problems 0"
-    command = [sys.executable, ROOT / "sft.py", *flags.split(), "--seed", "100"]
+    command = [sys.executable, ROOT / "sft.py", *flags.split(), "--seed", str(seed)]
     path = out / "policy"
     if path.exists():
         return max(path.glob("step-*"))
@@ -248,15 +248,15 @@ def start(cfg: bn.Config) -> tuple:
     return run, model, bn.Prompter(model, make_task(TASK), False)
 
 
-def make_models(out: Path) -> None:
+def make_models(out: Path, seed: int) -> None:
     """The policy, and the two reward models of steps: of 4 answers to 500 training problems."""
     out.mkdir(parents=True, exist_ok=True)
-    policy = train_policy(out)
-    run, model, prompter = start(bn.Config(model=str(policy), task=TASK, seed=100))
-    training = [(n, prompter.task.problem("train", 1100, n)) for n in range(500)]
+    policy = train_policy(out, seed)
+    run, model, prompter = start(bn.Config(model=str(policy), task=TASK, seed=seed))
+    training = [(n, prompter.task.problem("train", 1000 + seed, n)) for n in range(500)]
     done = sample(run, model, prompter, training, 4, 2)
     for arm, path in write_examples(run.cfg, prompter, done, out).items():
-        flags = f"--kind process --model {policy} --data {path} --seed 100 {LEARNT}"
+        flags = f"--kind process --model {policy} --data {path} --seed {seed} {LEARNT}"
         command = [sys.executable, ROOT / "more" / "reward_model.py", *flags.split()]
         with (out / f"{arm}.log").open("w") as log:
             subprocess.run([*command, "--out", out / arm], stdout=log, check=True)
@@ -350,13 +350,14 @@ def values_of(rows: list[tuple[str, dict]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", type=Path, required=True, help="folder of policy and judges")
-    parser.add_argument("--make", action="store_true", help="make these, and nothing else")
+    text = "make these with this seed, and nothing else"
+    parser.add_argument("--make", type=int, nargs="?", const=100, help=text)
     parser.add_argument("--seed", type=int, default=0, help="of problems and answers")
     parser.add_argument("--problems", type=int, default=200)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.make:
-        return make_models(args.models)
+    if args.make is not None:
+        return make_models(args.models, args.make)
     began, policy = time.process_time(), max((args.models / "policy").glob("step-*"))
     cfg = bn.Config(model=str(policy), task=TASK, seed=args.seed, eval_problems=args.problems)
     run, model, prompter = start(cfg)
