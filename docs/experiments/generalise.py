@@ -11,8 +11,8 @@ one:
 
     python docs/experiments/generalise.py --world navigation --seed 0 --out out/navigation-0
 
-Claims, written before the runs of seeds 0, 1, 2 (names as in docs/results/data_navigation.json), are
-in CLAIMS; the first ones say whether the start can show anything. cards has not been run to its end.
+Claims, written before the runs of seeds 0, 1, 2 (names as in docs/results/data_navigation.json and
+docs/results/data_cards.json), are in CLAIMS; the first say whether the start can show anything.
 """
 
 import argparse
