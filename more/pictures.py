@@ -45,7 +45,7 @@ SUITS = {
     "hearts": "01010 11111 11111 01110 00100",
     "diamonds": "00100 01110 11111 01110 00100",
 }
-BLACK, RED = ("spades", "clubs"), ("hearts", "diamonds")
+RED = "hearts", "diamonds"
 SHAPES = {
     "circle": "01110 11111 11111 11111 01110",
     "square": "11111 11111 11111 11111 11111",
@@ -145,7 +145,7 @@ def scene_tokens(cells: list, seed: int) -> str:
 
 
 def random_card(rng: np.random.Generator) -> tuple[np.ndarray, list]:
-    rank, suit = rng.choice(list(RANKS)), rng.choice([*BLACK, *RED])
+    rank, suit = rng.choice(list(RANKS)), rng.choice(list(SUITS))
     return draw_card(rank, suit, rng), [(rank, suit in RED)]
 
 
@@ -156,8 +156,9 @@ def random_scene(rng: np.random.Generator) -> tuple[np.ndarray, list]:
 
 def random_cell(rng: random.Random) -> tuple:
     """Empty in half of the cases."""
-    thing = rng.choice(list(INKS)), rng.choice(list(SHAPES))
-    return thing if rng.random() < 0.5 else ()
+    if rng.random() >= 0.5:
+        return ()
+    return rng.choice(list(INKS)), rng.choice(list(SHAPES))
 
 
 def recognition(make: Callable, table: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:

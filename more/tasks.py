@@ -18,7 +18,7 @@
 
 rewards.py says what a task is, and knows these by their short names. What stands here, one
 experiment or one script uses: those of docs/sft_experiments.md, coconut.py, recurrent_depth.py,
-more/r_capsule.py.
+more/r_capsule.py, more/reasonflux.py.
 """
 
 import functools
