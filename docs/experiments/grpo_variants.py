@@ -57,7 +57,8 @@ HELD_OUT = {"length": "completion_length", "clipped": "clipped_ratio", "pass_at_
 def values_of(arm: str, rows: list[dict]) -> dict[str, float]:
     """What docs/results keeps of a run, from its metrics.jsonl."""
     steps = [row for row in rows if "reward" in row]
-    before, after = (row for row in rows if "eval/accuracy" in row)
+    evaluations = {row["step"]: row for row in rows if "eval/accuracy" in row}
+    before, after = evaluations[0], evaluations[steps[-1]["step"]]
     values = {f"{arm}_before": before["eval/accuracy"], arm: after["eval/accuracy"]}
     for name, metric in HELD_OUT.items():
         values[f"{arm}_{name}"] = after[f"eval/{metric}"]
