@@ -595,6 +595,8 @@ class KnightsAndKnaves:
 
     min_people: int = 2
     max_people: int = 3
+    check: bool = False  # traces of small steps: worlds, each with what every statement is worth
+    kinds: str = "claim/not/and/or/implies/iff"
 
     NATURAL = {"min_people": 3, "max_people": 7}
     SIGNS = {"and": "&", "or": "|", "implies": ">", "iff": "="}
@@ -610,6 +612,8 @@ class KnightsAndKnaves:
         if not 2 <= self.min_people <= self.max_people <= len(PEOPLE):
             counts = f"{self.min_people} to {self.max_people}"
             raise BadInput(f"{self}: 2 to {len(PEOPLE)} people are allowed, not {counts}")
+        if not {*self.kinds.split("/")} <= {"claim", "not", *self.SIGNS}:
+            raise BadInput(f"{self}: kinds are some of claim/not/{'/'.join(self.SIGNS)}")
 
     def problem(self, split: str, seed: int, index: int) -> dict:
         rng = random.Random(f"knights {split} {seed} {index}")
@@ -622,34 +626,50 @@ class KnightsAndKnaves:
 
     def statement(self, count: int, rng: random.Random) -> list:
         claims = [[rng.choice(["knight", "knave"]), rng.randrange(count)] for _ in range(2)]
-        kind = rng.choice(["claim", "not", *self.SIGNS])
+        kind = rng.choice(self.kinds.split("/"))
         if kind == "claim":
             return claims[0]
         return [kind, claims[0]] if kind == "not" else [kind, *claims]
 
     def key(self, problem: dict) -> str:
-        return self.compact(problem)
+        said = enumerate(problem["statements"])
+        return ";".join(f"{letter(i)}:{self.signs(s)}" for i, s in said) + "?<think>"
 
     def compact(self, problem: dict) -> str:
         """
         >>> statements = [["and", ["knight", 1], ["knave", 0]], ["not", ["knight", 0]]]
-        >>> KnightsAndKnaves().compact({"statements": statements})
-        'A:(B+&A-);B:~A+?<think>'
+        >>> problem = {"statements": statements}
+        >>> [KnightsAndKnaves(check=check).compact(problem) for check in (False, True)]
+        ['A:(B+&A-);B:~A+?<think>', 'aB+&A-b~A+?<think>']
         """
+        if not self.check:
+            return self.key(problem)
         said = enumerate(problem["statements"])
-        return ";".join(f"{letter(i)}:{self.signs(s)}" for i, s in said) + "?<think>"
+        return "".join(self.labelled(i, s) for i, s in said) + "?<think>"
 
-    def signs(self, statement: list) -> str:
+    def labelled(self, person: int, statement: list, roles: Sequence[int] = ()) -> str:
+        """A statement behind its speaker's small letter, which stands for nothing else.
+
+        So one look back finds what is to be copied, where claims alone look alike.
         """
+        said = self.signs(statement, roles)
+        return letter(person).lower() + (said[1:-1] if statement[0] in self.SIGNS else said)
+
+    def signs(self, statement: list, roles: Sequence[int] = ()) -> str:
+        """With roles, each claim is followed by what it is worth.
+
         >>> KnightsAndKnaves().signs(["exactly", 1, ["knight", 0], ["not", ["knave", 1]]])
         '1(A+,~B-)'
+        >>> KnightsAndKnaves().signs(["or", ["knight", 0], ["knave", 1]], [1, 1])
+        '(A+1|B-0)'
         """
         kind, *parts = statement
         if kind in ("knight", "knave"):
-            return letter(parts[0]) + ("+" if kind == "knight" else "-")
+            value = truth(statement, roles) if roles else ""
+            return f"{letter(parts[0])}{'+' if kind == 'knight' else '-'}{value}"
         if kind == "exactly":
-            return f"{parts[0]}({','.join(self.signs(part) for part in parts[1:])})"
-        inner = [self.signs(part) for part in parts]
+            return f"{parts[0]}({','.join(self.signs(part, roles) for part in parts[1:])})"
+        inner = [self.signs(part, roles) for part in parts]
         return f"~{inner[0]}" if kind == "not" else f"({self.SIGNS[kind].join(inner)})"
 
     def words(self, statement: list, names: list[str]) -> str:
@@ -714,8 +734,32 @@ class KnightsAndKnaves:
                 wrong = contradiction(statements, roles)
         return text, roles
 
+    def checks(self, statements: list[list]) -> tuple[str, Sequence[int]]:
+        """World by world, knights first, a line each: the text, the roles of the one that passes.
+
+        Behind the roles come the statements, each with the value of its claims and = its own, as
+        far as the first that contradicts its speaker's role: !
+
+        >>> print(KnightsAndKnaves().checks([["knave", 1], ["not", ["knight", 0]]])[0])
+        A1B1aB-0=0!
+        A1B0aB-1=1b~A+1=0
+        """
+        text = ""
+        for roles in itertools.product((1, 0), repeat=len(statements)):
+            text += "".join(f"{letter(i)}{role}" for i, role in enumerate(roles))
+            for i, statement in enumerate(statements):
+                worth = truth(statement, roles)
+                text += f"{self.labelled(i, statement, roles)}={worth}"
+                if worth != roles[i]:
+                    text += "!\n"
+                    break
+            else:
+                return text, roles
+        return text, []
+
     def trace(self, problem: dict, rng: random.Random) -> str:
-        thought, roles = self.search(problem["statements"])
+        search = self.checks if self.check else self.search
+        thought, roles = search(problem["statements"])
         return f"{thought}\n</think><answer>{letters_of(roles)}</answer>"
 
 
