@@ -514,6 +514,7 @@ class Scene:
 # ------------------------------------------------------------------------ Knights & Knaves
 
 PEOPLE = "Ada Ben Cleo Dan Eve Fay Gus Hal".split()  # written A to H
+VERDICTS = {1: "+", 0: "-"}
 
 
 def truth(statement: list, roles: Sequence[float]) -> float:
@@ -640,36 +641,40 @@ class KnightsAndKnaves:
         >>> statements = [["and", ["knight", 1], ["knave", 0]], ["not", ["knight", 0]]]
         >>> problem = {"statements": statements}
         >>> [KnightsAndKnaves(check=check).compact(problem) for check in (False, True)]
-        ['A:(B+&A-);B:~A+?<think>', 'aB+&A-b~A+?<think>']
+        ['A:(B+&A-);B:~A+?<think>', '1B&a2~A?<think>']
         """
         if not self.check:
             return self.key(problem)
-        said = enumerate(problem["statements"])
-        return "".join(self.labelled(i, s) for i, s in said) + "?<think>"
+        said = enumerate(problem["statements"], 1)
+        return "".join(f"{i}{self.cased(s)}" for i, s in said) + "?<think>"
 
-    def labelled(self, person: int, statement: list, roles: Sequence[int] = ()) -> str:
-        """A statement behind its speaker's small letter, which stands for nothing else.
+    def cased(self, statement: list, roles: Sequence[int] = ()) -> str:
+        """A problem's statement; A: Ada is a knight, a: a knave. With roles, each claim's value.
 
-        So one look back finds what is to be copied, where claims alone look alike.
-        """
-        said = self.signs(statement, roles)
-        return letter(person).lower() + (said[1:-1] if statement[0] in self.SIGNS else said)
+        A claim is true where the same letter stands in the world: no sign is to be copied or
+        turned round, which small models take longest to learn.
 
-    def signs(self, statement: list, roles: Sequence[int] = ()) -> str:
-        """With roles, each claim is followed by what it is worth.
-
-        >>> KnightsAndKnaves().signs(["exactly", 1, ["knight", 0], ["not", ["knave", 1]]])
-        '1(A+,~B-)'
-        >>> KnightsAndKnaves().signs(["or", ["knight", 0], ["knave", 1]], [1, 1])
-        '(A+1|B-0)'
+        >>> KnightsAndKnaves().cased(["or", ["knight", 0], ["knave", 1]], [1, 1])
+        'A+|b-'
         """
         kind, *parts = statement
         if kind in ("knight", "knave"):
-            value = truth(statement, roles) if roles else ""
-            return f"{letter(parts[0])}{'+' if kind == 'knight' else '-'}{value}"
+            name = letter(parts[0]) if kind == "knight" else letter(parts[0]).lower()
+            return name + VERDICTS[truth(statement, roles)] if roles else name
+        inner = [self.cased(part, roles) for part in parts]
+        return f"~{inner[0]}" if kind == "not" else self.SIGNS[kind].join(inner)
+
+    def signs(self, statement: list) -> str:
+        """
+        >>> KnightsAndKnaves().signs(["exactly", 1, ["knight", 0], ["not", ["knave", 1]]])
+        '1(A+,~B-)'
+        """
+        kind, *parts = statement
+        if kind in ("knight", "knave"):
+            return letter(parts[0]) + ("+" if kind == "knight" else "-")
         if kind == "exactly":
-            return f"{parts[0]}({','.join(self.signs(part, roles) for part in parts[1:])})"
-        inner = [self.signs(part, roles) for part in parts]
+            return f"{parts[0]}({','.join(self.signs(part) for part in parts[1:])})"
+        inner = [self.signs(part) for part in parts]
         return f"~{inner[0]}" if kind == "not" else f"({self.SIGNS[kind].join(inner)})"
 
     def words(self, statement: list, names: list[str]) -> str:
@@ -734,28 +739,34 @@ class KnightsAndKnaves:
                 wrong = contradiction(statements, roles)
         return text, roles
 
+    def checked(self, statements: list[list], roles: Sequence[int], stop: bool = True) -> str:
+        """A world, a letter a person, small for knaves, and what the statements are worth in it.
+
+        Behind its number each is copied with the value of its claims and = its own, + or -, as
+        far as the first that contradicts its speaker's role: !
+        """
+        world = (["knight" if role else "knave", i] for i, role in enumerate(roles))
+        text = "".join(map(self.cased, world))
+        for i, statement in enumerate(statements):
+            worth = truth(statement, roles)
+            text += f"{i + 1}{self.cased(statement, roles)}={VERDICTS[worth]}"
+            if stop and worth != roles[i]:
+                return text + "!"
+        return text
+
     def checks(self, statements: list[list]) -> tuple[str, Sequence[int]]:
         """World by world, knights first, a line each: the text, the roles of the one that passes.
 
-        Behind the roles come the statements, each with the value of its claims and = its own, as
-        far as the first that contradicts its speaker's role: !
-
         >>> print(KnightsAndKnaves().checks([["knave", 1], ["not", ["knight", 0]]])[0])
-        A1B1aB-0=0!
-        A1B0aB-1=1b~A+1=0
+        AB1b-=-!
+        Ab1b+=+2~A+=-
         """
-        text = ""
+        lines = []
         for roles in itertools.product((1, 0), repeat=len(statements)):
-            text += "".join(f"{letter(i)}{role}" for i, role in enumerate(roles))
-            for i, statement in enumerate(statements):
-                worth = truth(statement, roles)
-                text += f"{self.labelled(i, statement, roles)}={worth}"
-                if worth != roles[i]:
-                    text += "!\n"
-                    break
-            else:
-                return text, roles
-        return text, []
+            lines.append(self.checked(statements, roles))
+            if not lines[-1].endswith("!"):
+                return "\n".join(lines), roles
+        return "\n".join(lines), []
 
     def trace(self, problem: dict, rng: random.Random) -> str:
         search = self.checks if self.check else self.search

@@ -171,15 +171,15 @@ def test_a_line_of_checks_copies_and_judges_every_statement_up_to_a_contradictio
         trace, prompt = task.trace(p, None), task.compact(p).removesuffix("?<think>")
         assert task.score(trace, p)["total"] == 1.1 and "|" not in prompt
         *failed, last = lines = trace.partition("\n</think>")[0].split("\n")
-        worlds = [re.match("([A-D][01])+", line)[0] for line in lines]
-        assert worlds == sorted(worlds, reverse=True) and "0" not in worlds[0]
         assert all(line.endswith("!") for line in failed) and "!" not in last
-        said = re.findall("[a-d][^a-d]+", prompt)  # each person's statement
+        worlds = [re.match("[A-Da-d]+", line)[0] for line in lines]
+        assert worlds == sorted(worlds) and worlds[0].isupper()  # all knights first
+        said = re.findall("[1-4][^1-4]+", prompt)  # each person's statement
         for world, line in zip(worlds, lines, strict=True):
-            checked = re.findall("[a-d][^a-d!]+", line)
-            assert [re.sub("[01]|=[01]$", "", s) for s in checked] == said[: len(checked)]
-            for person, value, *_ in re.findall("([A-D])[+]([01])", line):
-                assert f"{person}{value}" in world
+            checked = re.findall("[1-4][^1-4!]+", line)
+            assert [re.sub("[-+]|=[-+]$", "", s) for s in checked] == said[: len(checked)]
+            for claim, value in re.findall("([A-Da-d])([-+])", line):
+                assert (value == "+") == (claim in world)
 
 
 PUZZLE = {"statements": [["knave", 1], ["or", ["knight", 1], ["knave", 1]]]}  # A-B+
