@@ -48,7 +48,7 @@ CLAIMS = [
     "shuffled <= base + 0.01",
     "check >= shuffled + 0.06",
 ]
-BASE = {"steps": 500, "rows": 16}
+BASE = {"steps": 800, "rows": 16}
 WARM = {"steps": 480, "rows": 12, "replay": 4}
 LIMIT = ["--max_new_tokens", "200"]  # the longest search has 184
 EVALUATION = [*LIMIT, "--eval_samples", "4", "--eval_problems"]
