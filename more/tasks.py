@@ -641,7 +641,7 @@ class KnightsAndKnaves:
         >>> statements = [["and", ["knight", 1], ["knave", 0]], ["not", ["knight", 0]]]
         >>> problem = {"statements": statements}
         >>> [KnightsAndKnaves(check=check).compact(problem) for check in (False, True)]
-        ['A:(B+&A-);B:~A+?<think>', '1B&a2~A?<think>']
+        ['A:(B+&A-);B:~A+?<think>', '1&Ba2~A?<think>']
         """
         if not self.check:
             return self.key(problem)
@@ -651,18 +651,19 @@ class KnightsAndKnaves:
     def cased(self, statement: list, roles: Sequence[int] = ()) -> str:
         """A problem's statement; A: Ada is a knight, a: a knave. With roles, each claim's value.
 
-        A claim is true where the same letter stands in the world: no sign is to be copied or
-        turned round, which small models take longest to learn.
+        A claim is true where the same letter stands in the world, so no sign is to be copied or
+        turned round, and the connective comes first, right behind the speaker's number: what a
+        small model takes long to learn is to copy from the middle of look-alike statements.
 
         >>> KnightsAndKnaves().cased(["or", ["knight", 0], ["knave", 1]], [1, 1])
-        'A+|b-'
+        '|A+b-'
         """
         kind, *parts = statement
         if kind in ("knight", "knave"):
             name = letter(parts[0]) if kind == "knight" else letter(parts[0]).lower()
             return name + VERDICTS[truth(statement, roles)] if roles else name
-        inner = [self.cased(part, roles) for part in parts]
-        return f"~{inner[0]}" if kind == "not" else self.SIGNS[kind].join(inner)
+        inner = "".join(self.cased(part, roles) for part in parts)
+        return ("~" if kind == "not" else self.SIGNS[kind]) + inner
 
     def signs(self, statement: list) -> str:
         """

@@ -10,7 +10,7 @@ of 2 and 3 people with claims, not, and, or:
 
 Both learn the same number of completion tokens (so short sees about two and a half times as many
 puzzles), and are looked at after a quarter, a half and all of them. Then GRPO on a stream of puzzles
-of 3 people, from both at half, as after all of them long has no room left (0.97 on seed 100).
+of 3 people, from both at half, as after all of them long has little room left (0.90 on seed 100).
 Claims, written before the runs of seeds 0, 1, 2, are in CLAIMS.
 """
 

@@ -14,7 +14,7 @@ problems of another domain, whose words the base knows. Here:
     target    puzzles of 3 people where each statement is an if .. then or an if and only if, which
               no search has shown. GRPO on 64 of them, from each of the four
 
-Three rows of four of a warm-up are such puzzles, one is words again: else the connectives that the
+13 rows of 16 of a warm-up are such puzzles, three are words again: else the connectives that the
 puzzles lack are forgotten (0.08 on the target in place of 0.23, seed 100). All warm-ups have equal
 steps and equal tokens, prompts included. Claims (accuracy on the target after RL, start_ before it,
 knights_ on held-out puzzles like those of the warm-up), written before the runs of seeds 0, 1, 2,
@@ -49,10 +49,10 @@ CLAIMS = [
     "check >= shuffled + 0.06",
 ]
 BASE = {"steps": 800, "rows": 16}
-WARM = {"steps": 480, "rows": 12, "replay": 4}
+WARM = {"steps": 320, "rows": 13, "replay": 3}
 LIMIT = ["--max_new_tokens", "200"]  # the longest search has 184
 EVALUATION = [*LIMIT, "--eval_samples", "4", "--eval_problems"]
-RL = "--batch_size 128 --format_weight 0 --lr 4e-4 --steps 16"
+RL = "--batch_size 128 --format_weight 0 --lr 4e-4 --steps 20"
 
 
 def puzzle(task: KnightsAndKnaves, seed: int, index: int) -> dict:
