@@ -31,7 +31,7 @@ CLAIMS = [
     "short - short_half <= 0.04",
     "long_rl - long_before >= short_rl - short_before + 0.03",
 ]
-RL = "--batch_size 128 --format_weight 0 --lr 4e-4 --steps 16"
+RL = "--batch_size 256 --format_weight 0 --lr 3e-4 --steps 20"
 
 
 def main() -> None:
