@@ -10,8 +10,7 @@ of 2 and 3 people with claims, not, and, or:
 
 Both learn the same number of completion tokens (so short sees about two and a half times as many
 puzzles), and are looked at after a quarter, a half and all of them. Then GRPO on a stream of puzzles
-of 3 people, from both at half, as after all of them long has little room left (0.90 on seed 100).
-Claims, written before the runs of seeds 0, 1, 2, are in CLAIMS.
+of 3 people, from both after all of them. Claims, written before the runs of seeds 0, 1, 2, are in CLAIMS.
 """
 
 import argparse
@@ -31,7 +30,7 @@ CLAIMS = [
     "short - short_half <= 0.04",
     "long_rl - long_before >= short_rl - short_before + 0.03",
 ]
-RL = "--batch_size 256 --format_weight 0 --lr 3e-4 --steps 20"
+RL = "--batch_size 256 --format_weight 0 --lr 2e-4 --steps 16"
 
 
 def main() -> None:
@@ -47,7 +46,7 @@ def main() -> None:
         values["start"], quarter, half, _, whole = accuracies(rows)
         values |= {f"{name}_quarter": quarter, f"{name}_half": half, name: whole}
         values[f"{name}_tokens"] = float(sum(row.get("tokens", 0) for row in rows))
-        flags = ["--model", folder_of(out / arm, 0), "--task", TOYS, *EVALUATION, "200"]
+        flags = ["--model", folder_of(out / arm), "--task", TOYS, *EVALUATION, "200"]
         flags += ["--seed", str(args.seed), *RL.split()]
         rows = run_script(out / f"grpo-{arm}", "grpo.py", *flags)
         for row in rows:
