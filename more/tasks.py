@@ -421,7 +421,7 @@ class Scene:
     a colour or shape, for the colour of the first of a shape, the shape of the last of a colour.
     """
 
-    basics: float = 0.0  # share of training problems that ask for the record itself
+    basics: float = 0.0  # share of training problems without options, which ask for a tally
 
     COLOURS = {"r": "red", "g": "green", "b": "blue", "y": "yellow"}
     SHAPES = {"o": "circle", "s": "square", "t": "triangle", "x": "cross"}
@@ -476,14 +476,14 @@ class Scene:
         raise BadInput("the codes of a picture are words of a tiny model alone")
 
     def answer(self, problem: dict) -> str:
-        """The right option; of a picture to read its tally."""
-        look = self.value if problem["options"] else self.tally
-        return look(problem["cells"], problem["asked"])
+        return self.value(problem["cells"], problem["asked"])
 
     def trace(self, problem: dict, rng: random.Random) -> str:
-        """A short thought: the value alone."""
-        answer = self.answer(problem)
-        return f"{answer if problem['options'] else ''}</think><answer>{answer}</answer>"
+        """A short thought: the value alone; without options no guess, but a tally."""
+        answer, cells = self.answer(problem), problem["cells"]
+        if not problem["options"]:
+            return "?" + self.expand(problem, cells, cells)
+        return f"{answer}</think><answer>{answer}</answer>"
 
     def tally(self, cells: list[str], asked: str) -> str:
         """Each cell, what is looked for, the value so far: a comparison and a step at a time."""

@@ -118,8 +118,9 @@ def test_a_picture_is_tallied_when_that_is_asked():
     assert problem["options"] == [] and task.compact(problem).endswith(">lr?   <think>")
     trace = task.trace(problem, random.Random(0))
     assert task.score(trace, problem)["correct"]
-    tally = trace.removeprefix("</think><answer>").removesuffix("</answer>")
-    assert tally[:24] + tally[52:] == "roro..rogsro..ro..roborortrt..rtgxrt"
+    thought, _, rest = trace.partition("\n")
+    assert thought.startswith("?waitroro..rogsro..ro..roboro") and thought.endswith("rtrt..rtgxrt")
+    assert rest == "t</think><answer>t</answer>"
 
 
 @pytest.mark.parametrize("task", ["scene", "generalpoints:images=1"])
