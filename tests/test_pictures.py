@@ -99,7 +99,7 @@ def test_an_expansion_reads_one_record_and_concludes_of_one():
     assert task.expand(problem, CELLS, CELLS) == f"wait{tally}\n2</think><answer>2</answer>"
     assert task.expand(problem, other, other).endswith("..r3\n3</think><answer>3</answer>")
     swapped = task.expand(problem, other, CELLS)
-    assert swapped.startswith("waitrxr1rxr2rxr3..r3") and swapped.endswith("r3\n2</think><answer>2</answer>")
+    assert swapped == f"wait{task.tally(other, 'nr')}\n2</think><answer>2</answer>"
 
 
 def test_a_wrong_guess_put_right():
