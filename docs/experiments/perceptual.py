@@ -18,6 +18,8 @@ Arms, from the base, with equally many trained tokens:
     swapped   the same, with the tally of another picture before the right answer
     dpo       expanded, then pairs: X->O over X and over X->X; O over O->X
 
+A control, added after the runs: short_long, four times the tokens of short.
+
 A rule stands for the language models that write questions and expansions, so none of these can
 betray the record in other words, and nothing is to be filtered. All tallies are as long, so the
 draw by length (2^-rank) chooses between O->O and O alone. Pairs of O over X are left out.
@@ -51,7 +53,7 @@ CLAIMS = [
 TASK = "more/tasks.py:Scene"
 QUESTIONS, THOUGHTS = 3000, 3
 TOKENS, BATCH = 150_000, 32  # trained by each arm; lines a step
-ARMS = "short", "expanded", "swapped", "direct"
+ARMS = {"short": 1, "expanded": 1, "swapped": 1, "direct": 1, "short_long": 4}  # times TOKENS
 SFT = f"--lr 2e-3 --warmup_steps 10 --batch_size {BATCH} --eval_problems 0 --save_every 0"
 PAIRS = 1600  # for a pass of DPO
 DPO = "--lr 1e-4 --sft_coef 1 --beta 0.2 --eval_problems 0 --save_every 0"  # released settings
@@ -94,7 +96,7 @@ def write_data(out: Path, done: list, seed: int) -> dict[str, float]:
         files[arm] = sum(halves, [])
     number = len(files["pairs"])
     files["pairs"] = rng.sample(files["pairs"], PAIRS)
-    for name in (*ARMS, "pairs"):
+    for name in ("direct", "short", "expanded", "swapped", "pairs"):
         text = "".join(json.dumps(line) + "\n" for line in files[name])
         out.joinpath(f"{name}.jsonl").write_text(text)
     return {"right_thoughts": len(files["short"]) / len(done), "all_pairs": number}
@@ -152,9 +154,9 @@ def main() -> None:
     questions = [task.problem("train", args.seed, i) for i in range(QUESTIONS)]
     values = write_data(out, answers(base, questions, THOUGHTS, args.seed, 0.7), args.seed)
     folders = {"base": base}
-    for arm in ARMS:
-        path = out / f"{arm}.jsonl"
-        count = steps_for(path, base)
+    for arm, times in ARMS.items():
+        path = out / f"{arm.removesuffix('_long')}.jsonl"
+        count = times * steps_for(path, base)
         flags = ["--model", str(base), "--data", str(path), "--steps", str(count)]
         run_script(out / arm, "sft.py", *SFT.split(), *flags, *seed)
         folders[arm] = out / arm / f"step-{count:06d}"
