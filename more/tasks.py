@@ -421,7 +421,7 @@ class Scene:
     a colour or shape, for the colour of the first of a shape, the shape of the last of a colour.
     """
 
-    basics: float = 0.0  # share of training problems that ask for the record itself
+    basics: float = 0.0  # share of training problems without options, which ask for a tally
 
     COLOURS = {"r": "red", "g": "green", "b": "blue", "y": "yellow"}
     SHAPES = {"o": "circle", "s": "square", "t": "triangle", "x": "cross"}
@@ -442,7 +442,7 @@ class Scene:
             asked = rng.choice({"n": colours + shapes, "f": shapes, "l": colours}[kind])
             problem = {"cells": cells, "asked": kind + asked, "picture": rng.getrandbits(32)}
             if easy:
-                return problem | {"asked": "?", "options": []}
+                return problem | {"options": []}
             gold = self.value(cells, problem["asked"])
             if gold == "-" or split_of(self.key(problem)) != split:
                 continue
@@ -468,34 +468,38 @@ class Scene:
 
         names = self.COLOURS | self.SHAPES
         cells = [tuple(names[x] for x in cell if x != ".") for cell in problem["cells"]]
-        options = "".join(problem["options"])
-        return f"{scene_tokens(cells, problem['picture'])}{problem['asked']}{options}<think>"
+        codes = scene_tokens(cells, problem["picture"])
+        options = "".join(problem["options"]) or "?"
+        return f"{codes}{problem['asked']}{options:4}<think>"  # all as long: cells have places
 
     def question(self, problem: dict) -> str:
         raise BadInput("the codes of a picture are words of a tiny model alone")
 
     def answer(self, problem: dict) -> str:
-        """The right option; of a picture to read its record."""
-        if problem["asked"] == "?":
-            return "".join(problem["cells"])
         return self.value(problem["cells"], problem["asked"])
 
     def trace(self, problem: dict, rng: random.Random) -> str:
-        """A short thought: the value alone."""
-        answer = self.answer(problem)
-        return f"{'' if problem['asked'] == '?' else answer}</think><answer>{answer}</answer>"
+        """A short thought: the value alone; without options no guess, but a tally."""
+        answer, cells = self.answer(problem), problem["cells"]
+        if not problem["options"]:
+            return "?" + self.expand(problem, cells, cells)
+        return f"{answer}</think><answer>{answer}</answer>"
+
+    def tally(self, cells: list[str], asked: str) -> str:
+        """Each cell, what is looked for, the value so far: a comparison and a step at a time."""
+        steps, what = "", asked[1]
+        for i, cell in enumerate(cells):
+            steps += f"{cell}{what}{self.value(cells[: i + 1], asked)}"
+        return steps
 
     def expand(self, problem: dict, seen: list[str], concluded: list[str]) -> str:
-        """A reasoner's thought: rows of cells, after each the value so far; then the answer.
+        """A reasoner's thought: a tally, then the answer.
 
-        seen and concluded are the cells of the rows and of the conclusion: this picture's or not.
+        seen and concluded are the cells of the tally and of the answer: this picture's or not.
         """
-        lines = []
-        for end in (4, 8, 12, 16):
-            so_far = self.value(seen[:end], problem["asked"])
-            lines.append(f"{''.join(seen[end - 4 : end])} {so_far}\n")
         value = self.value(concluded, problem["asked"])
-        return f"wait{''.join(lines)}{value}</think><answer>{value}</answer>"
+        tally = self.tally(seen, problem["asked"])
+        return f"wait{tally}\n{value}</think><answer>{value}</answer>"
 
     def score(self, text: str, problem: dict, **kw) -> dict:
         answer = extract_answer(text)
