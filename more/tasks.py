@@ -518,6 +518,7 @@ class Scene:
 # ------------------------------------------------------------------------ Knights & Knaves
 
 PEOPLE = "Ada Ben Cleo Dan Eve Fay Gus Hal".split()  # written A to H
+VERDICTS = {1: "+", 0: "-"}
 
 
 def truth(statement: list, roles: Sequence[float]) -> float:
@@ -599,6 +600,8 @@ class KnightsAndKnaves:
 
     min_people: int = 2
     max_people: int = 3
+    check: bool = False  # traces of small steps: worlds, each with what every statement is worth
+    kinds: str = "claim/not/and/or/implies/iff"
 
     NATURAL = {"min_people": 3, "max_people": 7}
     SIGNS = {"and": "&", "or": "|", "implies": ">", "iff": "="}
@@ -614,6 +617,8 @@ class KnightsAndKnaves:
         if not 2 <= self.min_people <= self.max_people <= len(PEOPLE):
             counts = f"{self.min_people} to {self.max_people}"
             raise BadInput(f"{self}: 2 to {len(PEOPLE)} people are allowed, not {counts}")
+        if not {*self.kinds.split("/")} <= {"claim", "not", *self.SIGNS}:
+            raise BadInput(f"{self}: kinds are some of claim/not/{'/'.join(self.SIGNS)}")
 
     def problem(self, split: str, seed: int, index: int) -> dict:
         rng = random.Random(f"knights {split} {seed} {index}")
@@ -626,22 +631,43 @@ class KnightsAndKnaves:
 
     def statement(self, count: int, rng: random.Random) -> list:
         claims = [[rng.choice(["knight", "knave"]), rng.randrange(count)] for _ in range(2)]
-        kind = rng.choice(["claim", "not", *self.SIGNS])
+        kind = rng.choice(self.kinds.split("/"))
         if kind == "claim":
             return claims[0]
         return [kind, claims[0]] if kind == "not" else [kind, *claims]
 
     def key(self, problem: dict) -> str:
-        return self.compact(problem)
+        said = enumerate(problem["statements"])
+        return ";".join(f"{letter(i)}:{self.signs(s)}" for i, s in said) + "?<think>"
 
     def compact(self, problem: dict) -> str:
         """
         >>> statements = [["and", ["knight", 1], ["knave", 0]], ["not", ["knight", 0]]]
-        >>> KnightsAndKnaves().compact({"statements": statements})
-        'A:(B+&A-);B:~A+?<think>'
+        >>> problem = {"statements": statements}
+        >>> [KnightsAndKnaves(check=check).compact(problem) for check in (False, True)]
+        ['A:(B+&A-);B:~A+?<think>', '1&Ba2~A?<think>']
         """
-        said = enumerate(problem["statements"])
-        return ";".join(f"{letter(i)}:{self.signs(s)}" for i, s in said) + "?<think>"
+        if not self.check:
+            return self.key(problem)
+        said = enumerate(problem["statements"], 1)
+        return "".join(f"{i}{self.cased(s)}" for i, s in said) + "?<think>"
+
+    def cased(self, statement: list, roles: Sequence[int] = ()) -> str:
+        """A problem's statement; A: Ada is a knight, a: a knave. With roles, each claim's value.
+
+        A claim is true where the same letter stands in the world, so no sign is to be copied or
+        turned round, and the connective comes first, right behind the speaker's number: what a
+        small model takes long to learn is to copy from the middle of look-alike statements.
+
+        >>> KnightsAndKnaves().cased(["or", ["knight", 0], ["knave", 1]], [1, 1])
+        '|A+b-'
+        """
+        kind, *parts = statement
+        if kind in ("knight", "knave"):
+            name = letter(parts[0]) if kind == "knight" else letter(parts[0]).lower()
+            return name + VERDICTS[truth(statement, roles)] if roles else name
+        inner = "".join(self.cased(part, roles) for part in parts)
+        return ("~" if kind == "not" else self.SIGNS[kind]) + inner
 
     def signs(self, statement: list) -> str:
         """
@@ -718,8 +744,38 @@ class KnightsAndKnaves:
                 wrong = contradiction(statements, roles)
         return text, roles
 
+    def checked(self, statements: list[list], roles: Sequence[int], stop: bool = True) -> str:
+        """A world, a letter a person, small for knaves, and what the statements are worth in it.
+
+        Behind its number each is copied with the value of its claims and = its own, + or -, as
+        far as the first that contradicts its speaker's role: !
+        """
+        world = (["knight" if role else "knave", i] for i, role in enumerate(roles))
+        text = "".join(map(self.cased, world))
+        for i, statement in enumerate(statements):
+            worth = truth(statement, roles)
+            text += f"{i + 1}{self.cased(statement, roles)}={VERDICTS[worth]}"
+            if stop and worth != roles[i]:
+                return text + "!"
+        return text
+
+    def checks(self, statements: list[list]) -> tuple[str, Sequence[int]]:
+        """World by world, knights first, a line each: the text, the roles of the one that passes.
+
+        >>> print(KnightsAndKnaves().checks([["knave", 1], ["not", ["knight", 0]]])[0])
+        AB1b-=-!
+        Ab1b+=+2~A+=-
+        """
+        lines = []
+        for roles in itertools.product((1, 0), repeat=len(statements)):
+            lines.append(self.checked(statements, roles))
+            if not lines[-1].endswith("!"):
+                return "\n".join(lines), roles
+        return "\n".join(lines), []
+
     def trace(self, problem: dict, rng: random.Random) -> str:
-        thought, roles = self.search(problem["statements"])
+        search = self.checks if self.check else self.search
+        thought, roles = search(problem["statements"])
         return f"{thought}\n</think><answer>{letters_of(roles)}</answer>"
 
 
