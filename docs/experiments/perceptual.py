@@ -24,9 +24,8 @@ A rule stands for the language models that write questions and expansions, so no
 betray the record in other words, and nothing is to be filtered. All tallies are as long, so the
 draw by length (2^-rank) chooses between O->O and O alone. Pairs of O over X are left out.
 
-    python sft.py --task more/tasks.py:Scene:basics=0.7 --num_layers 3 --steps 900 --lr 2e-3 \\
-        --warmup_steps 20 --eval_problems 0 --seed 100 --out out/scenes
-    python docs/experiments/perceptual.py --base out/scenes/step-000900 --seed 0 --out out/lpt-0
+    python docs/experiments/perceptual.py --seed 0 --out out/lpt-0
+    python docs/experiments/perceptual.py --seed 1 --base out/lpt-0/base/step-000900 --out out/lpt-1
 
 Claims, written before the runs of seeds 0, 1, 2 (names as in docs/results/perceptual.json), are in
 CLAIMS. corrected: the first guess is wrong and the answer right.
@@ -54,6 +53,7 @@ TASK = "more/tasks.py:Scene"
 QUESTIONS, THOUGHTS = 3000, 3
 TOKENS, BATCH = 150_000, 32  # trained by each arm; lines a step
 ARMS = {"short": 1, "expanded": 1, "swapped": 1, "direct": 1, "short_long": 4}  # times TOKENS
+BASE = f"--task {TASK}:basics=0.7 --num_layers 3 --steps 900 --lr 2e-3 --warmup_steps 20"
 SFT = f"--lr 2e-3 --warmup_steps 10 --batch_size {BATCH} --eval_problems 0 --save_every 0"
 PAIRS = 1600  # for a pass of DPO
 DPO = "--lr 1e-4 --sft_coef 1 --beta 0.2 --eval_problems 0 --save_every 0"  # released settings
@@ -144,13 +144,17 @@ def measure(name: str, folder: Path, seed: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--base", type=Path, required=True, help="folder of sft.py")
+    parser.add_argument("--base", type=Path, help="checkpoint of sft.py, else it is trained")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     out, seed = args.out.resolve(), ["--seed", str(args.seed)]
-    base, task = args.base.resolve(), make_task(TASK)
+    base, task = args.base, make_task(TASK)
+    if base is None:  # all seeds share it
+        run_script(out / "base", "sft.py", *BASE.split(), "--eval_problems", "0", "--seed", "100")
+        base = out / "base" / "step-000900"
+    base = base.resolve()
     questions = [task.problem("train", args.seed, i) for i in range(QUESTIONS)]
     values = write_data(out, answers(base, questions, THOUGHTS, args.seed, 0.7), args.seed)
     folders = {"base": base}
