@@ -166,6 +166,8 @@ def make_row(prompter: "Prompter", example: dict, loss_on: str, ends: list[int])
     split = loss_on in ("thought", "answer")
     if split and not tag:
         raise BadInput(f"--loss_on {loss_on} needs a completion with </think>")
+    if loss_on == "all" and "<reserved_" in example.get("prompt", ""):  # never drawn: -inf
+        raise BadInput("--loss_on all: the codes of a picture cannot be learnt")
     if "messages" in example:  # the chat template writes its own ends
         parts, end = chat_parts(prompter, example["messages"], ends), []
     elif split:
@@ -363,9 +365,9 @@ def train(cfg: Config) -> int:
         {"params": vectors, "weight_decay": 0.0},
     ]
     optimizer = AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    ids, mask = row(0)  # complains
     state = run.start(model, optimizer, prompter)
     run.refresh(sampler, model)
-    ids, mask = row(0)
     run.say(f"{prompter.decode(ids)!r}: {sum(mask)} of {len(ids)} tokens are learnt")
 
     rows = batch(state["step"] + 1)

@@ -421,7 +421,7 @@ class Scene:
     a colour or shape, for the colour of the first of a shape, the shape of the last of a colour.
     """
 
-    basics: float = 0.0  # share of training problems that ask for the record itself
+    basics: float = 0.0  # share of training problems without options, which ask for a tally
 
     COLOURS = {"r": "red", "g": "green", "b": "blue", "y": "yellow"}
     SHAPES = {"o": "circle", "s": "square", "t": "triangle", "x": "cross"}
@@ -442,7 +442,7 @@ class Scene:
             asked = rng.choice({"n": colours + shapes, "f": shapes, "l": colours}[kind])
             problem = {"cells": cells, "asked": kind + asked, "picture": rng.getrandbits(32)}
             if easy:
-                return problem | {"asked": "?", "options": []}
+                return problem | {"options": []}
             gold = self.value(cells, problem["asked"])
             if gold == "-" or split_of(self.key(problem)) != split:
                 continue
@@ -468,34 +468,38 @@ class Scene:
 
         names = self.COLOURS | self.SHAPES
         cells = [tuple(names[x] for x in cell if x != ".") for cell in problem["cells"]]
-        options = "".join(problem["options"])
-        return f"{scene_tokens(cells, problem['picture'])}{problem['asked']}{options}<think>"
+        codes = scene_tokens(cells, problem["picture"])
+        options = "".join(problem["options"]) or "?"
+        return f"{codes}{problem['asked']}{options:4}<think>"  # all as long: cells have places
 
     def question(self, problem: dict) -> str:
         raise BadInput("the codes of a picture are words of a tiny model alone")
 
     def answer(self, problem: dict) -> str:
-        """The right option; of a picture to read its record."""
-        if problem["asked"] == "?":
-            return "".join(problem["cells"])
         return self.value(problem["cells"], problem["asked"])
 
     def trace(self, problem: dict, rng: random.Random) -> str:
-        """A short thought: the value alone."""
-        answer = self.answer(problem)
-        return f"{'' if problem['asked'] == '?' else answer}</think><answer>{answer}</answer>"
+        """A short thought: the value alone; without options no guess, but a tally."""
+        answer, cells = self.answer(problem), problem["cells"]
+        if not problem["options"]:
+            return "?" + self.expand(problem, cells, cells)
+        return f"{answer}</think><answer>{answer}</answer>"
+
+    def tally(self, cells: list[str], asked: str) -> str:
+        """Each cell, what is looked for, the value so far: a comparison and a step at a time."""
+        steps, what = "", asked[1]
+        for i, cell in enumerate(cells):
+            steps += f"{cell}{what}{self.value(cells[: i + 1], asked)}"
+        return steps
 
     def expand(self, problem: dict, seen: list[str], concluded: list[str]) -> str:
-        """A reasoner's thought: rows of cells, after each the value so far; then the answer.
+        """A reasoner's thought: a tally, then the answer.
 
-        seen and concluded are the cells of the rows and of the conclusion: this picture's or not.
+        seen and concluded are the cells of the tally and of the answer: this picture's or not.
         """
-        lines = []
-        for end in (4, 8, 12, 16):
-            so_far = self.value(seen[:end], problem["asked"])
-            lines.append(f"{''.join(seen[end - 4 : end])} {so_far}\n")
         value = self.value(concluded, problem["asked"])
-        return f"wait{''.join(lines)}{value}</think><answer>{value}</answer>"
+        tally = self.tally(seen, problem["asked"])
+        return f"wait{tally}\n{value}</think><answer>{value}</answer>"
 
     def score(self, text: str, problem: dict, **kw) -> dict:
         answer = extract_answer(text)
@@ -514,6 +518,7 @@ class Scene:
 # ------------------------------------------------------------------------ Knights & Knaves
 
 PEOPLE = "Ada Ben Cleo Dan Eve Fay Gus Hal".split()  # written A to H
+VERDICTS = {1: "+", 0: "-"}
 
 
 def truth(statement: list, roles: Sequence[float]) -> float:
@@ -595,6 +600,8 @@ class KnightsAndKnaves:
 
     min_people: int = 2
     max_people: int = 3
+    check: bool = False  # traces of small steps: worlds, each with what every statement is worth
+    kinds: str = "claim/not/and/or/implies/iff"
 
     NATURAL = {"min_people": 3, "max_people": 7}
     SIGNS = {"and": "&", "or": "|", "implies": ">", "iff": "="}
@@ -610,6 +617,8 @@ class KnightsAndKnaves:
         if not 2 <= self.min_people <= self.max_people <= len(PEOPLE):
             counts = f"{self.min_people} to {self.max_people}"
             raise BadInput(f"{self}: 2 to {len(PEOPLE)} people are allowed, not {counts}")
+        if not {*self.kinds.split("/")} <= {"claim", "not", *self.SIGNS}:
+            raise BadInput(f"{self}: kinds are some of claim/not/{'/'.join(self.SIGNS)}")
 
     def problem(self, split: str, seed: int, index: int) -> dict:
         rng = random.Random(f"knights {split} {seed} {index}")
@@ -622,22 +631,43 @@ class KnightsAndKnaves:
 
     def statement(self, count: int, rng: random.Random) -> list:
         claims = [[rng.choice(["knight", "knave"]), rng.randrange(count)] for _ in range(2)]
-        kind = rng.choice(["claim", "not", *self.SIGNS])
+        kind = rng.choice(self.kinds.split("/"))
         if kind == "claim":
             return claims[0]
         return [kind, claims[0]] if kind == "not" else [kind, *claims]
 
     def key(self, problem: dict) -> str:
-        return self.compact(problem)
+        said = enumerate(problem["statements"])
+        return ";".join(f"{letter(i)}:{self.signs(s)}" for i, s in said) + "?<think>"
 
     def compact(self, problem: dict) -> str:
         """
         >>> statements = [["and", ["knight", 1], ["knave", 0]], ["not", ["knight", 0]]]
-        >>> KnightsAndKnaves().compact({"statements": statements})
-        'A:(B+&A-);B:~A+?<think>'
+        >>> problem = {"statements": statements}
+        >>> [KnightsAndKnaves(check=check).compact(problem) for check in (False, True)]
+        ['A:(B+&A-);B:~A+?<think>', '1&Ba2~A?<think>']
         """
-        said = enumerate(problem["statements"])
-        return ";".join(f"{letter(i)}:{self.signs(s)}" for i, s in said) + "?<think>"
+        if not self.check:
+            return self.key(problem)
+        said = enumerate(problem["statements"], 1)
+        return "".join(f"{i}{self.cased(s)}" for i, s in said) + "?<think>"
+
+    def cased(self, statement: list, roles: Sequence[int] = ()) -> str:
+        """A problem's statement; A: Ada is a knight, a: a knave. With roles, each claim's value.
+
+        A claim is true where the same letter stands in the world, so no sign is to be copied or
+        turned round, and the connective comes first, right behind the speaker's number: what a
+        small model takes long to learn is to copy from the middle of look-alike statements.
+
+        >>> KnightsAndKnaves().cased(["or", ["knight", 0], ["knave", 1]], [1, 1])
+        '|A+b-'
+        """
+        kind, *parts = statement
+        if kind in ("knight", "knave"):
+            name = letter(parts[0]) if kind == "knight" else letter(parts[0]).lower()
+            return name + VERDICTS[truth(statement, roles)] if roles else name
+        inner = "".join(self.cased(part, roles) for part in parts)
+        return ("~" if kind == "not" else self.SIGNS[kind]) + inner
 
     def signs(self, statement: list) -> str:
         """
@@ -714,8 +744,38 @@ class KnightsAndKnaves:
                 wrong = contradiction(statements, roles)
         return text, roles
 
+    def checked(self, statements: list[list], roles: Sequence[int], stop: bool = True) -> str:
+        """A world, a letter a person, small for knaves, and what the statements are worth in it.
+
+        Behind its number each is copied with the value of its claims and = its own, + or -, as
+        far as the first that contradicts its speaker's role: !
+        """
+        world = (["knight" if role else "knave", i] for i, role in enumerate(roles))
+        text = "".join(map(self.cased, world))
+        for i, statement in enumerate(statements):
+            worth = truth(statement, roles)
+            text += f"{i + 1}{self.cased(statement, roles)}={VERDICTS[worth]}"
+            if stop and worth != roles[i]:
+                return text + "!"
+        return text
+
+    def checks(self, statements: list[list]) -> tuple[str, Sequence[int]]:
+        """World by world, knights first, a line each: the text, the roles of the one that passes.
+
+        >>> print(KnightsAndKnaves().checks([["knave", 1], ["not", ["knight", 0]]])[0])
+        AB1b-=-!
+        Ab1b+=+2~A+=-
+        """
+        lines = []
+        for roles in itertools.product((1, 0), repeat=len(statements)):
+            lines.append(self.checked(statements, roles))
+            if not lines[-1].endswith("!"):
+                return "\n".join(lines), roles
+        return "\n".join(lines), []
+
     def trace(self, problem: dict, rng: random.Random) -> str:
-        thought, roles = self.search(problem["statements"])
+        search = self.checks if self.check else self.search
+        thought, roles = search(problem["statements"])
         return f"{thought}\n</think><answer>{letters_of(roles)}</answer>"
 
 

@@ -50,6 +50,7 @@ OWN = {  # for the script before the flags
     "ppo --kl_type k3": "--kl_type",
     "sft --model scratch --hidden_size 48": "--hidden_size 48 is no multiple of 32",
     "sft --task prosqa": "--task prosqa makes no traces: give --data",
+    "sft --task scene --loss_on all": "--loss_on all: the codes of a picture cannot be learnt",
     "coconut --hidden_size 64": "--hidden_size are not for --model {small}",
     "coconut --gate 2 --mode coconut": "--gate 2",
     "coconut --epochs_per_stage 1 --mode coconut": "--epochs_per_stage needs --data",

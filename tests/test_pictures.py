@@ -95,12 +95,11 @@ def test_one_option_is_right():
 def test_an_expansion_reads_one_record_and_concludes_of_one():
     task, problem = Scene(), {"cells": CELLS, "asked": "nr", "options": ["1", "2", "0", "3"]}
     other = ["rx"] * 3 + [".."] * 13
-    expected = "waitro..gs.. 1\n..bo.... 1\n........ 1\n..rt..gx 2\n2</think><answer>2</answer>"
-    assert task.expand(problem, CELLS, CELLS) == expected
-    assert task.expand(problem, other, other).endswith("\n........ 3\n3</think><answer>3</answer>")
+    tally = "ror1..r1gsr1..r1..r1bor1..r1..r1..r1..r1..r1..r1..r1rtr2..r2gxr2"
+    assert task.expand(problem, CELLS, CELLS) == f"wait{tally}\n2</think><answer>2</answer>"
+    assert task.expand(problem, other, other).endswith("..r3\n3</think><answer>3</answer>")
     swapped = task.expand(problem, other, CELLS)
-    assert swapped.startswith("waitrxrxrx.. 3\n") and swapped.endswith("2</answer>")
-    assert task.expand(problem, 4 * ["rx"] + 12 * [".."], 4 * ["rx"]).endswith("4</answer>")
+    assert swapped == f"wait{task.tally(other, 'nr')}\n2</think><answer>2</answer>"
 
 
 def test_a_wrong_guess_put_right():
@@ -113,13 +112,15 @@ def test_a_wrong_guess_put_right():
         assert tuple(task.describe(text, problem).values()) == marks
 
 
-def test_a_record_is_read():
+def test_a_picture_is_tallied_when_that_is_asked():
     task = make_task("scene:basics=1")
-    problem = task.problem("train", 0, 0)
-    assert problem["asked"] == "?" and problem["options"] == []
+    problem = task.problem("train", 0, 0) | {"cells": CELLS, "asked": "lr"}
+    assert problem["options"] == [] and task.compact(problem).endswith(">lr?   <think>")
     trace = task.trace(problem, random.Random(0))
     assert task.score(trace, problem)["correct"]
-    assert trace == f"</think><answer>{''.join(problem['cells'])}</answer>"
+    thought, _, rest = trace.partition("\n")
+    assert thought.startswith("?waitroro..rogsro..ro..roboro") and thought.endswith("rtrt..rtgxrt")
+    assert rest == "t</think><answer>t</answer>"
 
 
 @pytest.mark.parametrize("task", ["scene", "generalpoints:images=1"])

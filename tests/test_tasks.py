@@ -58,6 +58,7 @@ BAD = {  # a task, words of the complaint
     "mine.py:Knobs:words=a": "'words=a'.* pool=int, data=str, count=int, share=float, loud=int",
     "mine.py:Knobs:count=7": "mine.py:Knobs: ZeroDivisionError",
     "knights:max_people=9": "allowed",
+    "knights:kinds=nor": "kinds are some of",
     "chains": "--data",
 }
 
@@ -162,6 +163,23 @@ def test_knights_have_one_solution_and_traces_find_it():
     for p in (task.problem("train", 0, i) for i in range(200)):
         assert len(tasks.solve_knights(p["statements"])) == 1
         assert task.score(task.trace(p, random.Random(0)), p)["total"] == 1.1
+
+
+def test_a_line_of_checks_copies_and_judges_every_statement_up_to_a_contradiction():
+    task = tasks.KnightsAndKnaves(2, 4, check=True, kinds="claim/not/and/implies")
+    for p in (task.problem("train", 0, i) for i in range(60)):
+        trace, prompt = task.trace(p, None), task.compact(p).removesuffix("?<think>")
+        assert task.score(trace, p)["total"] == 1.1 and "|" not in prompt
+        *failed, last = lines = trace.partition("\n</think>")[0].split("\n")
+        assert all(line.endswith("!") for line in failed) and "!" not in last
+        worlds = [re.match("[A-Da-d]+", line)[0] for line in lines]
+        assert worlds == sorted(worlds) and worlds[0].isupper()  # all knights first
+        said = re.findall("[1-4][^1-4]+", prompt)  # each person's statement
+        for world, line in zip(worlds, lines, strict=True):
+            checked = re.findall("[1-4][^1-4!]+", line)
+            assert [re.sub("[-+]|=[-+]$", "", s) for s in checked] == said[: len(checked)]
+            for claim, value in re.findall("([A-Da-d])([-+])", line):
+                assert (value == "+") == (claim in world)
 
 
 PUZZLE = {"statements": [["knave", 1], ["or", ["knight", 1], ["knave", 1]]]}  # A-B+
