@@ -29,6 +29,7 @@ Expect
     M = 16 to 512: accuracy 0.11 -> 0.37; one Wait 0.49, two 0.51, four 0.31.
     models/tiny gives up on misses, so a Wait has something to repair.
     --model tiny-rl stops on hits: 0.18 -> 0.72, one Wait 0.60.
+    docs/experiments/early_answers.py: one that answers too early, 0, 1, 8 Waits 0.20, 0.30, 0.42.
 
 Differs from the paper in: one budget for all rounds (as in its README; --budget_mode
 per_round is its evaluation code), temperature 1, tags in place of "Final Answer:"
