@@ -17,16 +17,13 @@ CLAIMS: n Waits against none (cap 512), against votes of n answers, which take a
 one Wait against the delimiter suppressed with nothing (none) or a random word (word) in its place.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from random import Random
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from docs.experiments.learned_reward import run_script  # noqa: E402
-from docs.results import holds  # noqa: E402
+from docs.experiments.runs import parse, parser_of, run_script, show_claims, write_jsonl  # noqa: E402
 from rewards import make_task  # noqa: E402
 
 CLAIMS = [
@@ -66,20 +63,14 @@ def early(task, problem: dict, rng: Random) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    out, seed = args.out.resolve(), ["--seed", str(args.seed)]
+    args, out, seed = parse(parser_of(__doc__))
     task, path = make_task("countdown:give_up=0"), out / "early.jsonl"
     lines = []
     for i in range(LINES):
         problem = task.problem("train", args.seed, i)
         completion = early(task, problem, Random(f"early {args.seed} {i}"))
         lines.append({"prompt": task.compact(problem), "completion": completion})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_jsonl(path, lines)
     flags = f"--model tiny --lr 1e-3 --warmup_steps 10 --steps {STEPS} --eval_problems 0"
     run_script(out / "learnt", "sft.py", *flags.split(), "--data", str(path), *seed)
     folder = out / "learnt" / f"step-{STEPS:06d}"
@@ -94,9 +85,7 @@ def main() -> None:
             values[f"{side}_{number}_tokens"] = row[f"sampled/{where}"]
             for name in ("repaired", "flipped") if side == "wait" else ():
                 values[f"{side}_{number}_{name}"] = row[f"{name}/{where}"]
-    print(json.dumps({name: round(value, 4) for name, value in values.items()}, indent=2))
-    for claim in CLAIMS:
-        print(f"{'held' if holds(claim, values) else 'NOT held':9}{claim}")
+    show_claims(values, CLAIMS)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,12 @@ Claims, written before the runs of seeds 0, 1, 2 (names as in docs/results/data_
 docs/results/data_cards.json), are in CLAIMS; the first say whether the start can show anything.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from docs.experiments.learned_reward import run_script  # noqa: E402
-from docs.results import holds  # noqa: E402
+from docs.experiments.runs import last_checkpoint, parse, parser_of, run_script, show_claims  # noqa: E402
 
 TASKS = {
     "navigation": "more/tasks.py:Navigation:grain=90",
@@ -63,28 +60,24 @@ EVALUATION = "--steps 0 --max_new_tokens 160 --eval_problems 200 --eval_samples 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = parser_of(__doc__)
     parser.add_argument("--world", choices=list(TASKS), default="navigation")
-    parser.add_argument("--seed", default="0")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    out, task = args.out.resolve(), TASKS[args.world]
+    args, out, seed = parse(parser)
+    task = TASKS[args.world]
     kind = task.rpartition(":")[0]
-    common = ["--seed", args.seed, "--max_new_tokens", "160", "--eval_problems", "0"]
+    common = [*seed, "--max_new_tokens", "160", "--eval_problems", "0"]
     values = {}
 
     def train(name: str, script: str, model: str, task: str, flags: str) -> str:
         given = ["--model", model, "--task", task, *flags.split(), *common]
         run_script(out / name, script, *given)
-        return str(sorted((out / name).glob("step-*"))[-1])
+        return str(last_checkpoint(out / name))
 
     def evaluate(name: str, folder: str) -> None:
         for end, knobs in {"": task.rpartition(":")[2], **OTHERS[args.world]}.items():
             where = f"{name}_{end}".rstrip("_")
             flags = ["--model", folder, "--task", f"{kind}:{knobs}", *EVALUATION.split()]
-            [row] = run_script(out / f"{where}-after", "sft.py", *flags, "--seed", args.seed)
+            [row] = run_script(out / f"{where}-after", "sft.py", *flags, *seed)
             values[where] = row["eval/accuracy"]
             if "eval/right_turns" in row:
                 values[f"{where}_turns"] = row["eval/right_turns"]
@@ -96,9 +89,7 @@ def main() -> None:
     for arm, flags in ARMS.items():
         script, pool = ("grpo.py", "") if arm == "rl" else ("sft.py", ",pool=500")
         evaluate(arm, train(arm, script, start, task + pool, flags))
-    print(json.dumps({name: round(value, 4) for name, value in values.items()}, indent=2))
-    for claim in CLAIMS[args.world]:
-        print(f"{'held' if holds(claim, values) else 'NOT held':9}{claim}")
+    show_claims(values, CLAIMS[args.world])
 
 
 if __name__ == "__main__":

@@ -17,16 +17,13 @@ CLAIMS. Lengths by outcome, entropy, clipping and signal (trained rows, of those
 means over the last 8 steps of training.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from docs.experiments.learned_reward import run_script  # noqa: E402
-from docs.results import holds  # noqa: E402
+from docs.experiments.runs import evaluations, parse, parser_of, run_script, show_claims  # noqa: E402
 
 COMMON = "--batch_size 128 --eval_problems 200 --eval_samples 4 --save_every 0"
 POOL = "--task countdown:pool=32 --max_new_tokens 48 --steps 24 --updates 8 --no-decay --lr 1e-4"
@@ -57,8 +54,7 @@ HELD_OUT = {"length": "completion_length", "clipped": "clipped_ratio", "pass_at_
 def values_of(arm: str, rows: list[dict]) -> dict[str, float]:
     """What docs/results keeps of a run, from its metrics.jsonl."""
     steps = [row for row in rows if "reward" in row]
-    evaluations = {row["step"]: row for row in rows if "eval/accuracy" in row}
-    before, after = evaluations[0], evaluations[steps[-1]["step"]]
+    before, after = evaluations(rows)
     values = {f"{arm}_before": before["eval/accuracy"], arm: after["eval/accuracy"]}
     for name, metric in HELD_OUT.items():
         values[f"{arm}_{name}"] = after[f"eval/{metric}"]
@@ -70,20 +66,14 @@ def values_of(arm: str, rows: list[dict]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seed", default="0")
+    parser = parser_of(__doc__)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args, out, seed = parse(parser)
     values = {}
     for arm in args.arms:
-        flags = [*COMMON.split(), *ARMS[arm].split(), "--seed", args.seed]
-        values |= values_of(arm, run_script(args.out.resolve() / arm, "grpo.py", *flags))
-    print(json.dumps({name: round(value, 4) for name, value in values.items()}, indent=2))
-    for claim in CLAIMS if args.arms == list(ARMS) else []:
-        print(f"{'held' if holds(claim, values) else 'NOT held':9}{claim}")
+        flags = [*COMMON.split(), *ARMS[arm].split(), *seed]
+        values |= values_of(arm, run_script(out / arm, "grpo.py", *flags))
+    show_claims(values, CLAIMS if args.arms == list(ARMS) else [])
 
 
 if __name__ == "__main__":

@@ -19,15 +19,14 @@ each arm: CPU seconds, sampled tokens, and about how many were trained (rows wit
 A folder --out that holds a finished part is gone on with.
 """
 
-import argparse
-import json
-import resource
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+from docs.experiments.runs import parse, parser_of, run_script, show_claims  # noqa: E402
+
 ARMS = {  # the reward model, and what its score is worth beside the rule
     "rule": ("rm", "weight=0,rule_weight=1"),
     "learned": ("rm", "weight=1"),
@@ -38,19 +37,6 @@ PROBLEMS = {"rm": 120, "weak-rm": 20}  # that a reward model learnt from
 BATCH = 128  # answers a step
 LIMIT = ["--max_new_tokens", "256", "--format_weight", "0"]
 EVALUATION = [*LIMIT, "--steps", "0", "--eval_problems", "200", "--eval_samples", "4"]
-
-
-def run_script(out: Path, script: str, *flags: str) -> list[dict]:
-    """A script as a process, unless its run is there; the lines of its metrics.jsonl."""
-    log = out.with_suffix(".log")
-    if not log.exists() or "go on: " not in log.read_text():
-        began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        with log.open("w") as file:
-            command = [sys.executable, str(ROOT / script), *flags, "--out", str(out)]
-            subprocess.run(command, cwd=ROOT, stdout=file, check=True)
-        used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began
-        print(f"{out.name}: {used:.0f} CPU seconds", flush=True)
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def values_of(arm: str, steps: list[dict], after: dict) -> dict[str, float]:
@@ -74,15 +60,10 @@ def details(arm: str, row: dict) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seed", default="0")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--arms", default="rule,learned,both,weak")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    out = args.out.resolve()
-    seed, base = ["--seed", args.seed], ["--model", "tiny"]
+    args, out, seed = parse(parser)
+    base = ["--model", "tiny"]
     values, tasks = {}, {}
     for model, problems in PROBLEMS.items():
         sizes = ["--sample", str(problems), "--eval_problems", "40"]
@@ -104,7 +85,7 @@ def main() -> None:
         if arm == "weak":  # the start by the weak model, on the same problems
             [row] = run_script(out / "before-weak", "grpo.py", *base, *seed, *EVALUATION, *spec)
             values["before_weak_z"] = row["eval/learned"]
-    print(json.dumps({name: round(value, 4) for name, value in values.items()}, indent=2))
+    show_claims(values, [])
 
 
 if __name__ == "__main__":

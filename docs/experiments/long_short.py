@@ -13,16 +13,13 @@ puzzles), and are looked at after a quarter, a half and all of them. Then GRPO o
 of 3 people, from both after all of them. Claims, written before the runs of seeds 0, 1, 2, are in CLAIMS.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from docs.experiments.learned_reward import run_script  # noqa: E402
+from docs.experiments.runs import parse, parser_of, run_script, show_claims  # noqa: E402
 from docs.experiments.warmup import EVALUATION, TOYS, accuracies, folder_of, warm_up  # noqa: E402
-from docs.results import holds  # noqa: E402
 
 RUNS = {"long": "check", "short": "short"}
 CLAIMS = [
@@ -34,13 +31,8 @@ RL = "--batch_size 256 --format_weight 0 --lr 2e-4 --steps 16"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    out, values = args.out.resolve(), {}
+    args, out, seed = parse(parser_of(__doc__))
+    values = {}
     for name, arm in RUNS.items():
         rows = warm_up(out, args.seed, arm)
         values["start"], quarter, half, _, whole = accuracies(rows)
@@ -54,9 +46,7 @@ def main() -> None:
                 when = "rl" if row["step"] else "before"
                 values[f"{name}_{when}"] = row["eval/accuracy"]
                 values[f"{name}_{when}_clipped"] = row["eval/clipped_ratio"]
-    print(json.dumps({name: round(value, 4) for name, value in values.items()}, indent=2))
-    for claim in CLAIMS:
-        print(f"{'held' if holds(claim, values) else 'NOT held':9}{claim}")
+    show_claims(values, CLAIMS)
 
 
 if __name__ == "__main__":

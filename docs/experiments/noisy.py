@@ -21,8 +21,6 @@ answers with signal, what the filter removes and loses, CPU seconds. A folder --
 finished part is gone on with.
 """
 
-import argparse
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -35,8 +33,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import sft  # noqa: E402
-from docs.experiments.learned_reward import run_script  # noqa: E402
-from docs.results import holds  # noqa: E402
+from docs.experiments.runs import (  # noqa: E402
+    last_checkpoint,
+    parse,
+    parser_of,
+    run_script,
+    show_claims,
+    write_jsonl,
+)
 from more.tasks import NoisyMultiplication  # noqa: E402
 from rewards import in_groups  # noqa: E402
 
@@ -127,18 +131,13 @@ def filter_counts(near: list[dict], left: list[dict]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seed", type=int, default=0)
+    parser = parser_of(__doc__)
     parser.add_argument("--noise", type=float, default=0.5, help="share of wrong golds")
     parser.add_argument("--steps", default="16", help="of GRPO")
     parser.add_argument("--teacher", default="", help="checkpoint of sft.py, else it is trained")
     parser.add_argument("--arms", default="clean,random,near,filtered")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args, out, seed = parse(parser)
     torch.set_num_threads(1)
-    out, seed = args.out.resolve(), ["--seed", str(args.seed)]
     values = {}
 
     def evaluate(name: str, folder: str) -> None:
@@ -149,7 +148,7 @@ def main() -> None:
 
     def learn(name: str, flags: str) -> str:
         run_script(out / name, "sft.py", *flags.split(), "--eval_problems", "0")
-        return str(max((out / name).glob("step-*")))
+        return str(last_checkpoint(out / name))
 
     teacher = args.teacher or learn("teacher", TEACHER)
     base = learn("base", f"--model {teacher} {BASE} --seed {args.seed}")
@@ -161,15 +160,13 @@ def main() -> None:
     values |= filter_counts(golds["near"], golds["filtered"])
     for arm in args.arms.split(","):
         path = out / f"{arm}.jsonl"
-        path.write_text("".join(json.dumps(problem) + "\n" for problem in golds[arm]))
+        write_jsonl(path, golds[arm])
         flags = ["--model", base, "--task", f"{TASK},kept={path}", "--steps", args.steps]
         flags += [*LIMIT.split(), "--eval_problems", "0", *seed]
         steps = run_script(out / arm, "grpo.py", *flags)
         values[f"{arm}_signal"] = mean(row["rows_trained"] for row in steps) / 256
-        evaluate(arm, str(max((out / arm).glob("step-*"))))
-    print(json.dumps({name: round(value, 4) for name, value in values.items()}, indent=2))
-    for claim in CLAIMS:
-        print(f"{'held' if holds(claim, values) else 'NOT held':9}{claim}")
+        evaluate(arm, str(last_checkpoint(out / arm)))
+    show_claims(values, CLAIMS)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ Claims, written before the runs of seeds 0, 1, 2 (names as in docs/results/perce
 CLAIMS. corrected: the first guess is wrong and the answer right.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -39,8 +38,14 @@ from random import Random
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from docs.experiments.learned_reward import run_script  # noqa: E402
-from docs.results import holds  # noqa: E402
+from docs.experiments.runs import (  # noqa: E402
+    last_checkpoint,
+    parse,
+    parser_of,
+    run_script,
+    show_claims,
+    write_jsonl,
+)
 from more import dpo  # noqa: E402
 from rewards import heldout, make_task, mean  # noqa: E402
 
@@ -97,8 +102,7 @@ def write_data(out: Path, done: list, seed: int) -> dict[str, float]:
     number = len(files["pairs"])
     files["pairs"] = rng.sample(files["pairs"], PAIRS)
     for name in ("direct", "short", "expanded", "swapped", "pairs"):
-        text = "".join(json.dumps(line) + "\n" for line in files[name])
-        out.joinpath(f"{name}.jsonl").write_text(text)
+        write_jsonl(out / f"{name}.jsonl", files[name])
     return {"right_thoughts": len(files["short"]) / len(done), "all_pairs": number}
 
 
@@ -142,14 +146,9 @@ def measure(name: str, folder: Path, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = parser_of(__doc__)
     parser.add_argument("--base", type=Path, help="checkpoint of sft.py, else it is trained")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    out, seed = args.out.resolve(), ["--seed", str(args.seed)]
+    args, out, seed = parse(parser)
     base, task = args.base, make_task(TASK)
     if base is None:  # all seeds share it
         run_script(out / "base", "sft.py", *BASE.split(), "--eval_problems", "0", "--seed", "100")
@@ -166,16 +165,14 @@ def main() -> None:
         folders[arm] = out / arm / f"step-{count:06d}"
     flags = ["--model", str(folders["expanded"]), "--data", str(out / "pairs.jsonl")]
     rows = run_script(out / "dpo", "more/dpo.py", *DPO.split(), *flags, *seed)
-    folders["dpo"] = sorted((out / "dpo").glob("step-*"))[-1]
+    folders["dpo"] = last_checkpoint(out / "dpo")
     values["pair_accuracy"] = rows[-1]["pair_accuracy"]
     for name, folder in folders.items():
         found = out / f"{name}.json"
         if not found.exists():
             found.write_text(json.dumps(measure(name, folder, args.seed)))
         values |= json.loads(found.read_text())
-    print(json.dumps({name: round(value, 4) for name, value in values.items()}, indent=2))
-    for claim in CLAIMS:
-        print(f"{'held' if holds(claim, values) else 'NOT held':9}{claim}")
+    show_claims(values, CLAIMS)
 
 
 if __name__ == "__main__":

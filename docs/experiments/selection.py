@@ -18,10 +18,7 @@ gone on with. Printed for each choice: its lines, how many are right, their mean
 the student makes of them; the length of its answers, and how often it gives up.
 """
 
-import argparse
-import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -32,8 +29,16 @@ from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from docs.experiments.learned_reward import run_script  # noqa: E402
-from docs.results import holds  # noqa: E402
+from docs.experiments.runs import (  # noqa: E402
+    evaluations,
+    last_checkpoint,
+    parse,
+    parser_of,
+    run_script,
+    show_claims,
+    write_jsonl,
+    write_traces,
+)
 from more.traces import length_of, select  # noqa: E402
 from rewards import make_task  # noqa: E402
 
@@ -54,14 +59,6 @@ TOKENS = 250_000  # that every arm trains on
 STUDENT = "--model tiny-draft --task countdown:give_up=0.9 --lr 2e-3 --steps 150"
 LEARN = "--warmup_steps 10 --micro_batch_tokens 4096 --save_every 0"
 LEARN += " --max_new_tokens 256 --eval_problems 200 --eval_samples 4"
-
-
-def write_traces(path: Path, *flags: str) -> list[dict]:
-    """The lines that more/traces.py makes, unless they are there."""
-    if not path.exists():
-        command = [sys.executable, str(ROOT / "more/traces.py"), *flags, "--out", str(path)]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def make_pool(out: Path, student: str, seed: str) -> list[dict]:
@@ -110,29 +107,19 @@ def right_ones(pool: list[dict], rng: Random) -> dict[str, list[dict]]:
     }
 
 
-def step_of(row: dict) -> int:
-    return row["step"]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seed", default="0")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    out, seed = args.out.resolve(), ["--seed", args.seed]
+    args, out, seed = parse(parser_of(__doc__))
     values = {}
 
     def learn(name: str, flags: str) -> None:
         rows = run_script(out / name, "sft.py", *flags.split(), *LEARN.split(), *seed)
-        after = max((row for row in rows if "eval/accuracy" in row), key=step_of)
+        after = evaluations(rows)[-1]
         values[name] = after["eval/accuracy"]
         values[f"{name}_length"] = after["eval/completion_length"]
         values[f"{name}_gave_up"] = after["eval/gave_up"]
 
     learn("student", STUDENT)
-    student = str(max((out / "student").glob("step-*")))
+    student = str(last_checkpoint(out / "student"))
     pool = make_pool(out, student, args.seed)
     choices = {}
     for rule in ("random", "longest", "s1", "limo"):
@@ -141,7 +128,7 @@ def main() -> None:
     choices |= right_ones(pool, Random(f"right {args.seed}"))
     for name, lines in choices.items():
         data = out / f"chosen-{name}.jsonl"
-        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_jsonl(data, lines)
         length = mean(line["length"] for line in lines)
         values[f"{name}_lines"] = len(lines)
         values[f"{name}_right"] = mean(line["correct"] for line in lines)
@@ -149,9 +136,7 @@ def main() -> None:
         steps = round(TOKENS / (32 * length))
         learn(name, f"--model {student} --data {data} --lr 2e-3 --steps {steps}")
         print(name, dict(Counter(line["writer"] for line in lines)), flush=True)
-    print(json.dumps({name: round(value, 4) for name, value in values.items()}, indent=2))
-    for claim in CLAIMS:
-        print(f"{'held' if holds(claim, values) else 'NOT held':9}{claim}")
+    show_claims(values, CLAIMS)
 
 
 if __name__ == "__main__":

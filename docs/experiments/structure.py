@@ -24,10 +24,7 @@ CLAIMS were written before the runs of seeds 0, 1, 2. A folder --out that holds 
 gone on with.
 """
 
-import argparse
-import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +32,15 @@ from random import Random
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from docs.experiments.learned_reward import run_script  # noqa: E402
-from docs.results import holds  # noqa: E402
+from docs.experiments.runs import (  # noqa: E402
+    evaluations,
+    last_checkpoint,
+    parse,
+    parser_of,
+    run_script,
+    show_claims,
+    write_traces,
+)
 from more.tasks import AffineChain  # noqa: E402
 from rewards import extract_answer, score  # noqa: E402
 
@@ -94,40 +98,23 @@ class Steps(AffineChain):
         return {"right_steps": lines == self.steps(problem)}
 
 
-def write_traces(path: Path, *flags: str) -> None:
-    """What more/traces.py makes, unless it is there."""
-    if not path.exists():
-        command = [sys.executable, str(ROOT / "more/traces.py"), *flags, "--out", str(path)]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-
-
-def step_of(row: dict) -> int:
-    return row["step"]
-
-
 def arm_name(damage: str) -> str:
     kind, _, share = damage.partition(":")
     return "answer" if kind == "answer" else f"{kind}_{round(100 * float(share))}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seed", default="0")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    out, seed = args.out.resolve(), ["--seed", args.seed]
+    args, out, seed = parse(parser_of(__doc__))
     values = {}
 
     def learn(name: str, flags: str) -> None:
         rows = run_script(out / name, "sft.py", *flags.split(), *QUICK.split(), *seed)
-        after = max((row for row in rows if "eval/accuracy" in row), key=step_of)
+        after = evaluations(rows)[-1]
         values[name] = after["eval/accuracy"]
         values[f"{name}_steps"] = after["eval/right_steps"]
 
     learn("base", BASE)
-    base = max((out / "base").glob("step-*"))
+    base = last_checkpoint(out / "base")
     student = f"--model {base} {LEARN}"
     learn("correct", f"{student} --task {TASK}")
     learn("wrong", f"{student} --task {TASK}:slip=1")
@@ -137,9 +124,7 @@ def main() -> None:
         made = ["--task", TASK, "--traces", str(TRACES), "--perturb", damage]
         write_traces(data, *made, *seed)
         learn(name, f"{student} --task {TASK} --data {data}")
-    print(json.dumps({name: round(value, 4) for name, value in values.items()}, indent=2))
-    for claim in CLAIMS:
-        print(f"{'held' if holds(claim, values) else 'NOT held':9}{claim}")
+    show_claims(values, CLAIMS)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from docs.experiments.learned_reward import run_script  # noqa: E402
+from docs.experiments.runs import run_script  # noqa: E402
 from more import reward_model as rm  # noqa: E402
 from more.tasks import run_toy  # noqa: E402
 from rewards import epoch_order, heldout, in_groups, make_task, mean, pass_at_k  # noqa: E402

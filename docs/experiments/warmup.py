@@ -21,16 +21,20 @@ knights_ on held-out puzzles like those of the warm-up), written before the runs
 are in CLAIMS; the first two are the gate: where they fail, the others say nothing.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from random import Random
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from docs.experiments.learned_reward import run_script  # noqa: E402
-from docs.results import holds  # noqa: E402
+from docs.experiments.runs import (  # noqa: E402
+    evaluations,
+    parse,
+    parser_of,
+    run_script,
+    show_claims,
+    write_jsonl,
+)
 from more.tasks import KnightsAndKnaves  # noqa: E402
 from more.traces import perturbed, shortened  # noqa: E402
 from sft import tiny_tokenizer  # noqa: E402
@@ -109,7 +113,7 @@ def num_tokens(lines: list[dict], arm: str) -> int:
 def learn(out: Path, name: str, lines: list[dict], steps: int, *flags: str) -> list[dict]:
     """SFT on the lines, each once; the lines of its metrics.jsonl."""
     data = out / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_jsonl(data, lines)
     rows = ["--batch_size", str(len(lines) // steps), "--steps", str(steps)]
     rest = ["--warmup_steps", "20", "--task", TOYS, *flags]
     return run_script(out / name, "sft.py", "--data", str(data), *rows, *rest)
@@ -130,8 +134,7 @@ def warm_up(out: Path, seed: int, arm: str) -> list[dict]:
 
 def accuracies(rows: list[dict]) -> list[float]:
     """By step: the first is that of the start."""
-    measured = {row["step"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
-    return [measured[step] for step in sorted(measured)]
+    return [row["eval/accuracy"] for row in evaluations(rows)]
 
 
 def folder_of(run: Path, number: int = -1) -> str:
@@ -139,13 +142,8 @@ def folder_of(run: Path, number: int = -1) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    out, seed, values = args.out.resolve(), ["--seed", str(args.seed)], {}
+    args, out, seed = parse(parser_of(__doc__))
+    values = {}
     for arm in ARMS[1:]:
         rows = warm_up(out, args.seed, arm)
         [values["knights_base"], *_, values[f"knights_{arm}"]] = accuracies(rows)
@@ -153,9 +151,7 @@ def main() -> None:
         flags = ["--model", folder_of(out / arm), "--task", f"{TARGET},pool=64", *RL.split()]
         rows = run_script(out / f"rl-{arm}", "grpo.py", *flags, *EVALUATION, "200", *seed)
         [values[f"start_{arm}"], *_, values[arm]] = accuracies(rows)
-    print(json.dumps({name: round(value, 4) for name, value in values.items()}, indent=2))
-    for claim in CLAIMS:
-        print(f"{'held' if holds(claim, values) else 'NOT held':9}{claim}")
+    show_claims(values, CLAIMS)
 
 
 if __name__ == "__main__":
