@@ -72,11 +72,10 @@ def test_hands_to_read_have_all_suits():
 CELLS = "ro .. gs .. .. bo .. .. .. .. .. .. .. rt .. gx".split()  # a red and a blue circle, ...
 
 
-@pytest.mark.parametrize(
-    "asked, value",
-    [("nr", "2"), ("no", "2"), ("nx", "1"), ("ny", "0"), ("fs", "g"), ("fo", "r"), ("lr", "t")]
-    + [("lg", "x"), ("ly", "-")],
-)
+ASKED = "nr2 no2 nx1 ny0 fsg for lrt lgx ly-".split()
+
+
+@pytest.mark.parametrize("asked, value", [(x[:2], x[2]) for x in ASKED])
 def test_what_is_asked_of_a_scene(asked, value):
     assert Scene().value(CELLS, asked) == value
 
@@ -114,7 +113,9 @@ def test_a_wrong_guess_put_right():
 
 def test_a_picture_is_tallied_when_that_is_asked():
     task = make_task("scene:basics=1")
-    problem = task.problem("train", 0, 0) | {"cells": CELLS, "asked": "lr"}
+    problems = [task.problem("train", 0, i) for i in range(40)]
+    assert {kind for kind, _ in (p["asked"] for p in problems)} == set("nfl")
+    problem = problems[0] | {"cells": CELLS, "asked": "lr"}
     assert problem["options"] == [] and task.compact(problem).endswith(">lr?   <think>")
     trace = task.trace(problem, random.Random(0))
     assert task.score(trace, problem)["correct"]

@@ -175,6 +175,8 @@ def test_a_line_of_checks_copies_and_judges_every_statement_up_to_a_contradictio
         worlds = [re.match("[A-Da-d]+", line)[0] for line in lines]
         assert worlds == sorted(worlds) and worlds[0].isupper()  # all knights first
         said = re.findall("[1-4][^1-4]+", prompt)  # each person's statement
+        whole = task.checked(p["statements"], [0] * len(said), stop=False)  # past a contradiction
+        assert len(re.findall("[1-4]", whole)) == len(said) and "!" not in whole
         for world, line in zip(worlds, lines, strict=True):
             checked = re.findall("[1-4][^1-4!]+", line)
             assert [re.sub("[-+]|=[-+]$", "", s) for s in checked] == said[: len(checked)]
