@@ -173,7 +173,7 @@ def test_eq2_rows_and_prompts_of_every_mode(tmp_path, mode):
         assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
         left = {"cot": 0, "no_cot": 3}.get(mode, min(stage, 3))
         assert prompter.decode(ids[len(prompt) :]) == "".join(steps[left:]) + "5<eos>"
-        thoughts = 2 * min(stage, 3) * marked
+        thoughts = min(stage, 3) * marked
         markers = ("<bot>" + "<latent>" * thoughts + "<eot>") * marked
         assert prompter.decode(prompt) == "3+2*4+6\n" + markers
         counted = {"stage": stage, "thoughts": 0 if mode == "pause" else thoughts}
@@ -195,22 +195,22 @@ def test_new_tokens_start_like_an_existing_one(tmp_path, small):
     assert torch.equal(after, torch.cat([before, like, like, like]))
     assert model.config["latent_token_id"] == size + 1
     ids, _ = prompter.row(prompter.task.problem("train", 0, 0), 2)
-    assert ids.count(size + 1) == 4 and "### " in prompter.decode(ids)
+    assert ids.count(size + 1) == 2 and "### " in prompter.decode(ids)
 
 
 def test_stages_follow_the_clock(run, cwd):
     """One step a stage."""
     assert coconut.next_stage(1, [1.0] * 19, 30, 0.9, 900) == 1  # 20 are needed to judge
     assert coconut.next_stage(1, [0.9] * 20, 30, 0.9, 900) == 2
-    flags = "--mode coconut --uniform_prob 0 --stage_steps 1 --steps 5 --out a"
+    flags = "--mode coconut --uniform_prob 0 --stage_steps 1 --steps 6 --out a"
     assert run("coconut", flags).code == 0
     rows = lines_of(cwd / "a" / "metrics.jsonl")
     trained = [row for row in rows if "loss" in row]
-    assert [row["stage"] for row in trained] == [0, 1, 2, 3, 4]
+    assert [row["stage"] for row in trained] == [0, 1, 2, 3, 4, 5]
     names = "step", "eval/stage", "eval/thoughts"
     found = [tuple(row[name] for name in names) for row in rows if "eval/stage" in row]
-    assert found == [(1, 0, 0), (2, 1, 2), (3, 2, 4), (4, 3, 6), (5, 4, 6), (0, 4, 6)]
-    assert trained[0]["tokens"] > trained[3]["tokens"] == trained[4]["tokens"]
+    assert found == [(1, 0, 0), (2, 1, 1), (3, 2, 2), (4, 3, 3), (5, 4, 4), (6, 5, 4), (0, 5, 4)]
+    assert trained[0]["tokens"] > trained[4]["tokens"] == trained[5]["tokens"]
 
 
 def test_a_slow_rank_still_finds_the_start(run_ranks, monkeypatch):
