@@ -165,11 +165,11 @@ def write_deeper(model: Path, folder: Path, layers: int) -> None:
     save_model(copied, folder)
 
 
-def accuracy_without(base: Path, out: Path) -> float:
-    """Held-out accuracy of the base without the layers that were added."""
-    write_deeper(base, out / "shallow", -ADDED)
-    flags = f"--model {out}/shallow --task {TASK} --steps 0 --eval_samples 1 --max_new_tokens 256"
-    return evaluations(run_script(out / "without", "sft.py", *flags.split()))[-1]["eval/accuracy"]
+def accuracy(model: Path, run: Path) -> float:
+    """Of a model alone, one answer to each of the 500 problems of seed 0."""
+    flags = f"--model {model} --task {ASKED} --temperature 0.6 --max_new_tokens 384"
+    flags += " --steps 0 --eval_samples 1 --eval_problems 500"
+    return evaluations(run_script(run, "sft.py", *flags.split()))[-1]["eval/accuracy"]
 
 
 # ---- what is measured
@@ -237,14 +237,18 @@ def main() -> None:
     parser.add_argument("--sweep", type=int, default=60, help="of them answered in every way")
     args, out, seed = parse(parser)
     base, draft = make_models(out)
-    without = accuracy_without(base, out)
+    write_deeper(base, out / "shallow", -ADDED)
+    alone = {
+        "draft_500": accuracy(draft, out / "alone"),
+        "without": accuracy(out / "shallow", out / "without"),
+    }
     flags = f"--model {base} --draft {draft} --task {ASKED} {ANSWERED}"
     flags += f" --eval_problems {args.problems} --sweep_problems {args.sweep}"
     run_script(out / f"seed-{args.seed}", "docs/experiments/specreason.py", *flags.split(), *seed)
     runs = {}
     for run in sorted(out.glob("seed-*/")):
         runs[int(run.name.removeprefix("seed-"))] = run
-    rows = [figures(run) | pooled(runs) | {"without": without} for run in runs.values()]
+    rows = [figures(run) | pooled(runs) | alone for run in runs.values()]
     values = {name: [round(row[name], 4) for row in rows] for name in rows[0]}
     about = {"seeds": list(runs), "values": values}
     print(json.dumps(about, indent=2))
