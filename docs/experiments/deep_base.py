@@ -244,7 +244,9 @@ def main() -> None:
     }
     flags = f"--model {base} --draft {draft} --task {ASKED} {ANSWERED}"
     flags += f" --eval_problems {args.problems} --sweep_problems {args.sweep}"
-    run_script(out / f"seed-{args.seed}", "docs/experiments/specreason.py", *flags.split(), *seed)
+    run = out / f"seed-{args.seed}"
+    if not (run / "predictions.json").exists():  # its last line is another one than run_script's
+        run_script(run, "docs/experiments/specreason.py", *flags.split(), *seed)
     runs = {}
     for run in sorted(out.glob("seed-*/")):
         runs[int(run.name.removeprefix("seed-"))] = run
