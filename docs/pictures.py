@@ -133,24 +133,27 @@ def budget_forcing() -> None:
 
 
 def specreason() -> None:
-    """How fast each way to write is, and what its equation predicts."""
-    values = results("specreason")
+    """How fast each way to write is with a base of 6 and of 14 layers, and what was predicted."""
     rows = {
-        "SpecReason (a step)": "speedup",
-        "predicted, eq. 6": "predicted",
-        "speculative decoding (a token)": "decoding_speedup",
-        "predicted, eq. 5 and 6": "decoding_predicted",
-        "both": "hierarchical_speedup",
+        "SpecReason (a step)": ("speedup", "speedup"),
+        "predicted, eq. 6": ("predicted", "predicted"),
+        "speculative decoding (a token)": ("decoding_speedup", "spec_decode_speedup"),
+        "both": ("hierarchical_speedup", "hierarchical_speedup"),
     }
-    figure = Figure((6, 2.6), layout="constrained")
-    ax = figure.subplots()
-    for row, (label, name) in enumerate(rows.items()):
-        color = "gray" if label.startswith("predicted") else "C0"
-        ax.plot(values[name], [row] * len(values[name]), "o", color=color, alpha=0.6)
-    ax.axvline(1, color="gray", linewidth=1, linestyle=":")
-    ax.set_yticks(range(len(rows)), list(rows))
-    ax.invert_yaxis()
-    ax.set_xlabel("speed-up over the base alone, a dot a seed")
+    figure = Figure((8, 2.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    bases = {"6 layers": "specreason", "14 layers": "specreason_deep"}
+    for column, (ax, (base, experiment)) in enumerate(zip(axes, bases.items(), strict=True)):
+        values = results(experiment)
+        for row, (label, names) in enumerate(rows.items()):
+            color = "gray" if label.startswith("predicted") else "C0"
+            found = values[names[column]]
+            ax.plot(found, [row] * len(found), "o", color=color, alpha=0.6)
+        ax.axvline(1, color="gray", linewidth=1, linestyle=":")
+        ax.set_xlim(0.9, 3.6)
+        ax.set_xlabel(f"speed-up over a base of {base}")
+    axes[0].set_yticks(range(len(rows)), list(rows))
+    axes[0].invert_yaxis()
     save(figure, "specreason")
 
 

@@ -59,6 +59,7 @@ from specreason import Pair, Reader, checkpoints, compare, main, option, solve, 
 class Config(specreason.Config):
     sweep_problems: int = option(20, "problems that are answered in every way", 1)
     thresholds: str = option("0.1,1,5", "thresholds of the sweep")
+    brief: bool = option(False, "after these problems only the base and SpecReason answer")
     idle_layers: int = option(0, "layers added to the base that change its time and not one word")
     tables: str = option("", "only print the tables of these run folders (a,b)")
     grade: str = option("", "only write training lines for <score> of these answers to --out")
@@ -103,6 +104,8 @@ class Experiment(Pair):
     def ways(self, number):
         ways = super().ways(number)
         if number >= self.cfg.sweep_problems:
+            if self.cfg.brief:
+                del ways["spec_decode"]
             return ways
         judged = ways["specreason"]
         ways["coin"] = judged | {"score": self.coin}  # first: it needs SpecReason's share
@@ -265,14 +268,12 @@ def tables(records: list[dict]) -> str:
         f"specreason: {100 * gap:+.1f} points, above {100 * (gap - 1.645 * error):+.1f} with 95 %",
         f"seconds of draft, score, base: {split(records, 'specreason')}",
     ]
-    decoded = [record["spec_decode"] for record in records]
+    decoded = [record["spec_decode"] for record in records if "spec_decode" in record]
     passes = max(1, sum(row["rounds"] for row in decoded))
     per_pass = sum(row["tokens"] for row in decoded) / passes
     lines.append(f"spec_decode: {per_pass:.2f} tokens per pass of the base")
-    marks = [mark for record in records for mark in record["specreason"]["marks"]]
-    marks = [(points, right) for points, right in marks if right is not None]
-    points, right = [u for u, _ in marks], [r for _, r in marks]
-    lines.append(f"area under the curve of the score: {auc(points, right):.3f}, {len(marks)} steps")
+    points, right = marks_of(records)
+    lines.append(f"area under the curve of the score: {auc(points, right):.3f}, {len(right)} steps")
     lines.append("   threshold    kept   right of the kept  right kept  wrong kept")
     for threshold in (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 7, 9):
         kept = [u >= threshold for u in points]
@@ -286,6 +287,13 @@ def tables(records: list[dict]) -> str:
         cells = [f"{share:{width}.2f}" for share, width in zip(shares, widths, strict=True)]
         lines.append(f"{threshold:12g}" + "".join(cells))
     return "\n".join(lines)
+
+
+def marks_of(records: list[dict]) -> tuple[list[float], list[bool]]:
+    """u of SpecReason's drafted steps, and whether the solver calls them right."""
+    marks = [mark for record in records for mark in record["specreason"]["marks"]]
+    marks = [(points, right) for points, right in marks if right is not None]
+    return [u for u, _ in marks], [r for _, r in marks]
 
 
 def split(records: list[dict], way: str) -> str:
@@ -345,7 +353,9 @@ def experiment(cfg: Config) -> int:
         records = read_json(newest(Path(cfg.out or cfg.resume)) / "records.json")["records"]
         costs = {name: round(1000 * s, 2) for name, s in pairs[0].costs.items()}
         print(f"milliseconds: {costs}\n{tables(records)}", flush=True)
-        for name, value in predictions(compare(records), pairs[0]).items():
+        predicted = predictions(compare(records), pairs[0])
+        (Path(cfg.out or cfg.resume) / "predictions.json").write_text(json.dumps(predicted))
+        for name, value in predicted.items():
             print(f"{name:24}{value:8.3f}", flush=True)
     return code
 
