@@ -1,0 +1,109 @@
+"""Which half of the samples keeps coverage (arXiv:2506.01347): that of right or of wrong answers.
+
+nsr.py's own experiment cuts answers off and starts where four of five are wrong. The paper starts where
+most answers to the training problems are right, and measures pass@k also on harder problems. So here
+an answer is one guess, worked out, compared with the target and never cut off:
+
+    7,1,5=2<think>5*1*7=5*7=35>2
+    </think><answer>5*1*7</answer>
+
+and the problems of two numbers are learnt from (easy), which the base gets right in most cases. Coverage
+is that of held-out problems of three numbers: the base guesses hardly better than chance, but
+in 64 guesses it solves nearly all. hard learns from problems of three numbers instead, with all
+else as it is. On-policy, one update a rollout, as many for each method.
+
+    python docs/experiments/coverage.py --seed 0 --out out/coverage-0
+
+CLAIMS were written before the runs of seeds 0, 1, 2 (names as in docs/results/nsr_coverage.json).
+entropy is that of held-out answers, trained_entropy of those of the last 8 rollouts.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+from docs.experiments.runs import last_checkpoint, parse, parser_of, run_script, show_claims  # noqa: E402
+from more.tasks import countdown_attempts, try_line  # noqa: E402
+from rewards import Countdown  # noqa: E402
+
+CLAIMS = [
+    "min(easy_nsr_pass_at_1, easy_psr_pass_at_1) > base_pass_at_1",
+    "abs(easy_nsr_pass_at_1 - easy_psr_pass_at_1) <= 0.03",
+    "easy_nsr_pass_at_64 >= base_pass_at_64 - 0.02",
+    "easy_psr_pass_at_64 <= base_pass_at_64 - 0.04",
+    "easy_nsr_pass_at_64 - easy_psr_pass_at_64 >= 0.04",
+    "easy_nsr_pass_at_16 - easy_psr_pass_at_16 >= 0.03",
+    "easy_psr_trained_entropy < 0.6 * easy_trained_entropy",
+    "easy_psr_trained_entropy <= 0.85 * easy_nsr_trained_entropy",
+    "easy_psr_entropy < easy_nsr_entropy",
+    "easy_w_reinforce_pass_at_64 >= easy_reinforce_pass_at_64",
+    "hard_psr_pass_at_1 > base_pass_at_1 > hard_nsr_pass_at_1",
+    "hard_psr_pass_at_64 - hard_nsr_pass_at_64 >= 0.05",
+]
+TASK = "docs/experiments/coverage.py:Guess"
+BASE = f"--model tiny --task {TASK}:known=0.7,min_numbers=2 --steps 200 --lr 1e-3"
+BASE += " --warmup_steps 10 --eval_problems 0"
+LEARN = "--steps 40 --updates 1 --lr 3e-4 --batch_size 128 --max_new_tokens 64 --eval_problems 0"
+MEASURE = "--steps 0 --max_new_tokens 64 --eval_problems 100 --eval_samples 64"
+WORLDS = {"easy": ("psr", "nsr", "w-reinforce", "reinforce"), "hard": ("psr", "nsr")}
+
+
+@dataclass
+class Guess(Countdown):
+    """Countdown with one try; a share of the traces guess a solution."""
+
+    known: float = 0.5
+    easy: bool = False  # train on problems of two numbers, whatever is held out
+
+    def problem(self, split: str, seed: int, index: int) -> dict:
+        if self.easy and split == "train":
+            two = replace(self, min_numbers=2, max_numbers=2, easy=False)
+            return two.problem(split, seed, index)
+        return super().problem(split, seed, index)
+
+    def trace(self, problem: dict, rng: Random) -> str:
+        target, numbers = problem["target"], tuple(sorted(problem["numbers"]))
+        attempts = [(v, chain) for v, _, chain in countdown_attempts(numbers, self.operators, 99)]
+        hits = [attempt for attempt in attempts if attempt[0] == target]
+        value, chain = rng.choice(hits if hits and rng.random() < self.known else attempts)
+        answer = chain.partition("=")[0]
+        return f"{try_line(value, chain, target)}</think><answer>{answer}</answer>"
+
+
+def main() -> None:
+    args, out, seed = parse(parser_of(__doc__))
+    values = {}
+
+    def measure(name: str, model: Path) -> None:
+        flags = f"--model {model} --task {TASK} {MEASURE}"
+        (row,) = run_script(out / f"{name}-passk", "nsr.py", *flags.split(), *seed)
+        for k in (1, 4, 16, 64):
+            values[f"{name}_pass_at_{k}"] = row[f"eval/pass@{k}"]
+        values[f"{name}_entropy"] = row["eval/entropy"]
+
+    run_script(out / "base", "sft.py", *BASE.split(), *seed)
+    base = last_checkpoint(out / "base")
+    measure("base", base)
+    for world, methods in WORLDS.items():
+        task = f"{TASK}:pool=128,easy={int(world == 'easy')}"
+        for method in methods:
+            name = f"{world}_{method.replace('-', '_')}"
+            flags = f"--model {base} --task {task} {LEARN} --mode {method}"
+            rows = run_script(out / name, "nsr.py", *flags.split(), *seed)
+            values[f"{name}_updates"] = rows[-1]["optimizer_steps"]
+            first, last = rows[0], rows[-8:]  # the first rollout is the base's
+            for measured in ("accuracy", "entropy"):
+                values[f"{world}_trained_{measured}"] = first[measured]
+                values[f"{name}_trained_{measured}"] = mean(row[measured] for row in last)
+            measure(name, last_checkpoint(out / name))
+    show_claims(values, CLAIMS)
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)
