@@ -7,10 +7,10 @@ an answer is one guess, worked out, compared with the target and never cut off:
     7,1,5=2<think>5*1*7=5*7=35>2
     </think><answer>5*1*7</answer>
 
-and the problems of two numbers are learnt from (easy), which the base gets right in most cases. Coverage
+and the problems of two numbers are learnt from, which the base gets right in most cases. Coverage
 is that of held-out problems of three numbers: the base guesses hardly better than chance, but
-in 64 guesses it solves nearly all. hard learns from problems of three numbers instead, with all
-else as it is. On-policy, one update a rollout, as many for each method.
+in 64 guesses it solves nearly all. On-policy, one update a rollout, as many for each method, 80,
+and for PSR and NSR a look after 40.
 
     python docs/experiments/coverage.py --seed 0 --out out/coverage-0
 
@@ -32,25 +32,22 @@ from more.tasks import countdown_attempts, try_line  # noqa: E402
 from rewards import Countdown  # noqa: E402
 
 CLAIMS = [
-    "min(easy_nsr_pass_at_1, easy_psr_pass_at_1) > base_pass_at_1",
-    "abs(easy_nsr_pass_at_1 - easy_psr_pass_at_1) <= 0.03",
-    "easy_nsr_pass_at_64 >= base_pass_at_64 - 0.02",
-    "easy_psr_pass_at_64 <= base_pass_at_64 - 0.04",
-    "easy_nsr_pass_at_64 - easy_psr_pass_at_64 >= 0.04",
-    "easy_nsr_pass_at_16 - easy_psr_pass_at_16 >= 0.03",
-    "easy_psr_trained_entropy < 0.6 * easy_trained_entropy",
-    "easy_psr_trained_entropy <= 0.85 * easy_nsr_trained_entropy",
-    "easy_psr_entropy < easy_nsr_entropy",
-    "easy_w_reinforce_pass_at_64 >= easy_reinforce_pass_at_64",
-    "hard_psr_pass_at_1 > base_pass_at_1 > hard_nsr_pass_at_1",
-    "hard_psr_pass_at_64 - hard_nsr_pass_at_64 >= 0.05",
+    "nsr_40_pass_at_1 > base_pass_at_1",
+    "nsr_40_pass_at_64 - psr_40_pass_at_64 >= 0.04",
+    "nsr_pass_at_64 >= base_pass_at_64 - 0.10",
+    "nsr_pass_at_64 - psr_pass_at_64 >= 0.10",
+    "nsr_pass_at_16 - psr_pass_at_16 >= 0.10",
+    "nsr_pass_at_1 >= psr_pass_at_1",
+    "psr_trained_entropy < 0.6 * base_trained_entropy",
+    "psr_trained_entropy < 0.85 * nsr_trained_entropy",
+    "w_reinforce_pass_at_64 >= reinforce_pass_at_64",
 ]
 TASK = "docs/experiments/coverage.py:Guess"
 BASE = f"--model tiny --task {TASK}:known=0.7,min_numbers=2 --steps 200 --lr 1e-3"
 BASE += " --warmup_steps 10 --eval_problems 0"
-LEARN = "--steps 40 --updates 1 --lr 3e-4 --batch_size 128 --max_new_tokens 64 --eval_problems 0"
+LEARN = "--steps 80 --updates 1 --lr 3e-4 --batch_size 128 --max_new_tokens 64 --eval_problems 0"
+LEARN += f" --task {TASK}:pool=128,easy=1 --save_every 40 --keep 0"
 MEASURE = "--steps 0 --max_new_tokens 64 --eval_problems 100 --eval_samples 64"
-WORLDS = {"easy": ("psr", "nsr", "w-reinforce", "reinforce"), "hard": ("psr", "nsr")}
 
 
 @dataclass
@@ -84,23 +81,25 @@ def main() -> None:
         (row,) = run_script(out / f"{name}-passk", "nsr.py", *flags.split(), *seed)
         for k in (1, 4, 16, 64):
             values[f"{name}_pass_at_{k}"] = row[f"eval/pass@{k}"]
-        values[f"{name}_entropy"] = row["eval/entropy"]
+        for measured in ("entropy", "format"):
+            values[f"{name}_{measured}"] = row[f"eval/{measured}"]
 
     run_script(out / "base", "sft.py", *BASE.split(), *seed)
     base = last_checkpoint(out / "base")
     measure("base", base)
-    for world, methods in WORLDS.items():
-        task = f"{TASK}:pool=128,easy={int(world == 'easy')}"
-        for method in methods:
-            name = f"{world}_{method.replace('-', '_')}"
-            flags = f"--model {base} --task {task} {LEARN} --mode {method}"
-            rows = run_script(out / name, "nsr.py", *flags.split(), *seed)
-            values[f"{name}_updates"] = rows[-1]["optimizer_steps"]
-            first, last = rows[0], rows[-8:]  # the first rollout is the base's
-            for measured in ("accuracy", "entropy"):
-                values[f"{world}_trained_{measured}"] = first[measured]
-                values[f"{name}_trained_{measured}"] = mean(row[measured] for row in last)
-            measure(name, last_checkpoint(out / name))
+    for method in ("psr", "nsr", "w-reinforce", "reinforce"):
+        name = method.replace("-", "_")
+        flags = f"--model {base} {LEARN} --mode {method}"
+        rows = run_script(out / name, "nsr.py", *flags.split(), *seed)
+        values[f"{name}_updates"] = rows[-1]["optimizer_steps"]
+        for measured in ("accuracy", "entropy"):
+            values[f"base_trained_{measured}"] = rows[0][
+                measured
+            ]  # the first rollout is the base's
+            values[f"{name}_trained_{measured}"] = mean(row[measured] for row in rows[-8:])
+        if method in ("psr", "nsr"):
+            measure(f"{name}_40", out / name / "step-000040")
+        measure(name, last_checkpoint(out / name))
     show_claims(values, CLAIMS)
 
 
