@@ -8,9 +8,9 @@ compared with the target:
     7,1,5=2<think>waitwaitwait5*1*7=5*7=35>2
     </think><answer>5*1*7</answer>
 
-One base is taught this on two and three numbers. With two (high) it is right in more than half of its
-answers, with three (low) in a fifth; the limit of 64 tokens is two to three times as long as answers
-are, where the cosine is steep. Each start learns under cosine-trl and, the control, under
+One base is taught this on two and three numbers. With two (high) it is right in more than half of
+its answers, with three (low) in a fifth; the limit of 64 tokens is two to three times as long as
+answers are, where the cosine is steep. Each start learns under cosine-trl and, the control, under
 the plain reward, from the same random numbers.
 
     python docs/experiments/cosine.py --seed 0 --out out/cosine-0

@@ -1,21 +1,22 @@
-"""Which half of the samples keeps coverage (arXiv:2506.01347): that of right or of wrong answers.
+"""Does learning from wrong answers alone keep coverage (arXiv:2506.01347) where most are right?
 
-nsr.py's own experiment cuts answers off and starts where four of five are wrong. The paper starts where
-most answers to the training problems are right, and measures pass@k also on harder problems. So here
-an answer is one guess, worked out, compared with the target and never cut off:
+nsr.py's own experiment cuts answers off and starts where four of five are wrong. The paper starts
+where most answers to the training problems are right, and measures pass@k also on harder ones. So
+here an answer is one guess, worked out, compared with the target and never cut off:
 
     7,1,5=2<think>5*1*7=5*7=35>2
     </think><answer>5*1*7</answer>
 
 and the problems of two numbers are learnt from, which the base gets right in most cases. Coverage
-is that of held-out problems of three numbers: the base guesses hardly better than chance, but
-in 64 guesses it solves nearly all. On-policy, one update a rollout, as many for each method, with
-a look after 20 and 60: at equal updates, and at equal pass@1.
+is that of held-out problems of three numbers: the base guesses hardly better than chance, but in 64
+guesses it solves nearly all. On-policy, one update a rollout, as many for each method, with a look
+after 20 and 60: at equal updates, and at equal pass@1.
 
     python docs/experiments/coverage.py --seed 0 --out out/coverage-0
 
 CLAIMS were written before the runs of seeds 0, 1, 2 (names as in docs/results/nsr_coverage.json).
-entropy is that of held-out answers, trained_entropy of those of the last 8 rollouts.
+entropy is that of held-out answers, trained_entropy of those of the last 8 rollouts (base: the
+first). An update without a kept answer is none: nsr_updates counts.
 """
 
 import os

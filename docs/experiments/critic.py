@@ -11,9 +11,9 @@ the prompt alone, from answers to the same problem.
 
     python docs/experiments/critic.py --model tiny --seed 0
 
-With --epochs a critic like that of ppo.py, without a policy that moves, learns the returns of all
-answers in so many passes, 32 updates each; problems that it has not seen give its explained variance
-after every pass.
+With --epochs a critic like that of ppo.py, beside a policy that stays, learns the returns of all
+answers in so many passes, 32 updates each; 32 problems that it has not seen give its explained
+variance after every pass.
 
     python docs/experiments/critic.py --model tiny --seed 0 --places 0 --problems 160 --epochs 8
 
@@ -92,7 +92,7 @@ def ceiling(rewards: np.ndarray) -> float:
 def ceilings(
     done: list[Completion], places: list[tuple], rewards: np.ndarray, end: int
 ) -> dict[str, float]:
-    """The ceiling over all places, over those before `end`, the token </think>, and at the prompt."""
+    """The ceiling of all places, of those before `end` (the token </think>), of the prompt."""
     closed = np.array([end in done[i].tokens[:t] for i, t in places])
     numbers = np.array([done[i].number for i, _ in places])
     folds = np.array([ceiling(rewards[numbers % 8 != fold]) for fold in range(8)])
@@ -107,7 +107,7 @@ def ceilings(
 
 
 def learn(run: ppo.Run, model: ppo.Model, done: list[Completion], epochs: int, lr: float) -> dict:
-    """Explained variance on the last problems, after each pass over the others (eq. 5 of ppo.py)."""
+    """Explained variance on the last problems after each pass over the others (ppo.py, eq. 5)."""
     critic = ppo.Critic(model, 1)
     optimizer = torch.optim.AdamW(critic.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     cut, found = len(done) - HELD_OUT * GROUP, {}
