@@ -47,20 +47,24 @@ def nsr() -> None:
     """
     figure = Figure((10, 4), layout="constrained")
     wrong, right = figure.subplots(1, 2)
-    panels = {wrong: (results("nsr"), "", [1, 2, 4, 8, 16, 64])}
-    panels[right] = results("nsr_coverage"), "easy_", [1, 4, 16, 64]
-    for ax, (values, prefix, ks) in panels.items():
-        for method in ("base", "nsr", "w_reinforce", "reinforce", "grpo", "psr"):
-            name = method if method == "base" else prefix + method
-            if f"{name}_pass_at_1" in values:
-                points = [values[f"{name}_pass_at_{k}"] for k in ks]
+    methods = "base", "nsr", "w_reinforce", "reinforce", "grpo", "psr"
+    for ax, name, ks in (
+        (wrong, "nsr", [1, 2, 4, 8, 16, 64]),
+        (right, "nsr_coverage", [1, 4, 16, 64]),
+    ):
+        values = results(name)
+        for color, method in enumerate(methods):
+            arm = method if name == "nsr" or method == "base" else f"{method}_60"
+            if f"{arm}_pass_at_1" in values:
+                points = [values[f"{arm}_pass_at_{k}"] for k in ks]
                 label = method if method == "base" else method.replace("_", "-").upper()
-                draw(ax, label, ks, points)
+                draw(ax, label, ks, points, f"C{color}o-")
         powers(ax, ks, "k (samples per problem)")
-        ax.legend(frameon=False)
+        ax.set_ylim(0, 1.02)
+        ax.legend(frameon=False, loc="lower right")
     wrong.set_ylabel("pass@k (share of problems)")
-    wrong.set_title("a fifth is right at first, cut off at 48 tokens", fontsize=10)
-    right.set_title("most are right at first (easy problems), nothing cut off", fontsize=10)
+    wrong.set_title("a fifth is right at first, answers cut off at 48 tokens", fontsize=10)
+    right.set_title("learnt from easy problems, most right at first; 60 updates", fontsize=10)
     save(figure, "nsr")
 
 
