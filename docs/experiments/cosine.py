@@ -49,7 +49,7 @@ CLAIMS = [
 TASK = "docs/experiments/cosine.py:Waits"
 STARTS = {"high": (2, 19), "low": (3, 50)}  # numbers, held-out problems
 BASE = f"--model tiny --task {TASK}:min_numbers=2 --steps 150 --lr 1e-3 --warmup_steps 10"
-LEARN = "--max_new_tokens 64 --batch_size 128 --steps 24 --lr 3e-4 --eval_samples 16 --save_every 0"
+LEARN = "--max_new_tokens 64 --batch_size 128 --steps 12 --lr 5e-4 --eval_samples 16 --save_every 0"
 
 
 @dataclass
