@@ -48,8 +48,8 @@ CLAIMS = [
 ]
 TASK = "docs/experiments/cosine.py:Waits"
 STARTS = {"high": (2, 19), "low": (3, 50)}  # numbers, held-out problems
-BASE = f"--model tiny --task {TASK}:min_numbers=2 --steps 150 --lr 1e-3 --warmup_steps 10"
-LEARN = "--max_new_tokens 64 --batch_size 128 --steps 12 --lr 5e-4 --eval_samples 16 --save_every 0"
+BASE = f"--model tiny --task {TASK}:min_numbers=2 --steps 200 --lr 1e-3 --warmup_steps 10"
+LEARN = "--max_new_tokens 64 --batch_size 128 --steps 24 --lr 3e-4 --eval_samples 16 --save_every 0"
 
 
 @dataclass
@@ -57,12 +57,14 @@ class Waits(Countdown):
     """Countdown with one guess behind a number of waits that say nothing."""
 
     most: int = 16
+    misses: float = 0.2  # traces that may end on one: a base that never saw it goes on searching
 
     def trace(self, problem: dict, rng: Random) -> str:
         target, numbers = problem["target"], tuple(sorted(problem["numbers"]))
         attempts = [(v, chain) for v, _, chain in countdown_attempts(numbers, self.operators, 99)]
         hits = [attempt for attempt in attempts if attempt[0] == target]
-        value, chain = rng.choice(hits or attempts)  # some solutions leave 0 to 99 on the way
+        known = hits and rng.random() >= self.misses
+        value, chain = rng.choice(hits if known else attempts)
         waits = "wait" * rng.randint(0, self.most)
         answer = chain.partition("=")[0]
         return f"{waits}{try_line(value, chain, target)}</think><answer>{answer}</answer>"
