@@ -15,8 +15,9 @@ the plain reward, from the same random numbers.
 
     python docs/experiments/cosine.py --seed 0 --out out/cosine-0
 
-CLAIMS were written before the runs of seeds 0, 1, 2 (names as in docs/results/ppo_direction.json).
-Lengths and accuracies are held-out ones; of two numbers there are 19 problems that are held out.
+CLAIMS were written after seed 100 and before any other (names as in docs/results/ppo_direction.json).
+Lengths and accuracies are held-out ones; of two numbers there are 19 problems that are held out, and
+trained_accuracy is that of the first rollout.
 """
 
 import os
@@ -81,6 +82,7 @@ def main() -> None:
             flags += f" --eval_problems {problems}"
             rows = run_script(out / f"{start}-{name}", "ppo.py", *flags.split(), *seed)
             before, after = evaluations(rows)
+            values[f"{start}_trained_accuracy"] = rows[0]["accuracy"]
             values[f"{start}_accuracy"] = before["eval/accuracy"]
             values[f"{start}_length"] = before["eval/completion_length"]
             for measure in ("accuracy", "completion_length", "clipped_ratio"):
