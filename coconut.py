@@ -88,19 +88,19 @@ def option(default, help: str, least: float = 0):
 @dataclass
 class Config:
     model: str = option("scratch", "scratch: a new one; a folder, a hub name")
-    num_layers: int = option(1, "layers of a new model", 1)
+    num_layers: int = option(2, "layers of a new model", 1)
     hidden_size: int = option(128, "width of a new model: heads of 16", 16)
-    task: str = option("affine", "affine:length=4, s3, prosqa")
+    task: str = option("s3", "s3:elements=6, affine, prosqa")
     data: str = option("", "ProsQA or ProntoQA JSON, GSM8K-Aug lines, JSONL")
     max_new_tokens: int = option(0, "longest completion, 0: by size")
-    temperature: float = option(1.0, "of evaluations, 0: greedy")
+    temperature: float = option(0.0, "of evaluations, 0: greedy")
     batch_size: int = option(0, "rows per step, 0: by size")
     micro_batch_tokens: int = option(0, "padded tokens per pass, 0: by size")
-    steps: int = option(5000, "optimizer steps, 0: only evaluate")
+    steps: int = option(4000, "optimizer steps, 0: only evaluate")
     lr: float = option(0.0, "learning rate, constant, 0: by size")
     weight_decay: float = option(0.01, "AdamW's")
     eval_problems: int = option(200, "held-out problems, 0: no evaluation")
-    eval_samples: int = option(4, "completions per held-out problem", 1)
+    eval_samples: int = option(1, "completions per held-out problem", 1)
     eval_every: int = option(0, "steps between evaluations, 0: as stages end")
     save_every: int = option(500, "steps between checkpoints, 0: at the end")
     seed: int = option(0, "seed of data, new weights and sampling")
@@ -120,8 +120,8 @@ class Config:
 
 
 BY_SIZE = {  # below 10 M parameters, below 1 B, above (paper: 1e-4, 128 rows)
-    "lr": (2e-3, 1e-4, 2e-5),
-    "batch_size": (128, 128, 128),
+    "lr": (1e-3, 1e-4, 2e-5),
+    "batch_size": (64, 128, 128),
     "max_new_tokens": (48, 128, 128),
     "micro_batch_tokens": (8192, 4096, 4096),
 }

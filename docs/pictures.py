@@ -100,20 +100,18 @@ def ppo() -> None:
 def coconut() -> None:
     """Accuracy by the number of passes that an arm has before its answer."""
     values = results("coconut")
-    values["now"] = results("coconut_repeat")["coconut"]
     arms = {
         "answer at once": "no_cot",
-        "3 pause tokens": "pause",
-        "3 thoughts": "now",
-        "3 thoughts, earlier code": "coconut",
-        "in words, 300 steps": "cot_300",
-        "in words, 1000 steps": "cot_1000",
+        "6 pause tokens": "pause",
+        "3 thoughts, one a step": "one_thought",
+        "6 thoughts, two a step": "coconut",
+        "in words": "cot",
     }
     figure = Figure((6, 2.6), layout="constrained")
     ax = figure.subplots()
     for row, arm in enumerate(arms.values()):
         ax.plot(values[arm], [row] * len(values[arm]), "o", color="C0", alpha=0.6)
-    ax.axvline(0.25, color="gray", linewidth=1, linestyle=":")
+    ax.axvline(0.225, color="gray", linewidth=1, linestyle=":")
     ax.set_yticks(range(len(arms)), list(arms))
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
@@ -123,15 +121,19 @@ def coconut() -> None:
 
 def recurrent_depth() -> None:
     """Accuracy over the iterations at test time, trained with random or with fixed depth."""
-    values, depths = results("recurrent_depth"), [1, 2, 4, 8, 16, 32, 64]
-    figure = Figure((6, 3.6), layout="constrained")
-    ax = figure.subplots()
-    for arm in ("random", "fixed"):
-        points = [values[f"{arm}_{depth}"] for depth in depths]
-        draw(ax, f"{arm} depth in training", depths, points)
-    powers(ax, depths, "r (iterations at test time)")
-    ax.set_ylabel("accuracy (share of labels)")
-    ax.legend(frameon=False)
+    depths = [1, 2, 4, 8, 16, 32, 64]
+    figure = Figure((8, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for ax, name, trained in zip(panels, ("shallow", "recurrent_depth"), (2, 5), strict=True):
+        values = results(name)
+        for arm in ("random", "fixed"):
+            points = [values[f"{arm}_{depth}"] for depth in depths]
+            draw(ax, f"{arm} depth in training", depths, points)
+        ax.axvline(trained, color="gray", linewidth=1, linestyle=":")
+        ax.set_title(f"{trained} iterations in training, on average", fontsize="medium")
+        powers(ax, depths, "r (iterations at test time)")
+    panels[0].set_ylabel("accuracy (share of labels)")
+    panels[0].legend(frameon=False)
     save(figure, "recurrent_depth")
 
 

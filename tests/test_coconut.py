@@ -202,15 +202,15 @@ def test_stages_follow_the_clock(run, cwd):
     """One step a stage."""
     assert coconut.next_stage(1, [1.0] * 19, 30, 0.9, 900) == 1  # 20 are needed to judge
     assert coconut.next_stage(1, [0.9] * 20, 30, 0.9, 900) == 2
-    flags = "--mode coconut --uniform_prob 0 --stage_steps 1 --steps 5 --out a"
+    flags = "--mode coconut --uniform_prob 0 --stage_steps 1 --steps 6 --out a"
     assert run("coconut", flags).code == 0
     rows = lines_of(cwd / "a" / "metrics.jsonl")
     trained = [row for row in rows if "loss" in row]
-    assert [row["stage"] for row in trained] == [0, 1, 2, 3, 4]
+    assert [row["stage"] for row in trained] == [0, 1, 2, 3, 4, 5]
     names = "step", "eval/stage", "eval/thoughts"
     found = [tuple(row[name] for name in names) for row in rows if "eval/stage" in row]
-    assert found == [(1, 0, 0), (2, 1, 1), (3, 2, 2), (4, 3, 3), (5, 4, 3), (0, 4, 3)]
-    assert trained[0]["tokens"] > trained[3]["tokens"] == trained[4]["tokens"]
+    assert found == [(1, 0, 0), (2, 1, 1), (3, 2, 2), (4, 3, 3), (5, 4, 4), (6, 5, 4), (0, 5, 4)]
+    assert trained[0]["tokens"] > trained[4]["tokens"] == trained[5]["tokens"]
 
 
 def test_a_slow_rank_still_finds_the_start(run_ranks, monkeypatch):
