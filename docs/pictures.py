@@ -42,25 +42,40 @@ def save(figure: Figure, name: str) -> None:
 
 
 def nsr() -> None:
-    """pass@k of the methods; 64 samples for each of 100 problems."""
-    values, ks = results("nsr"), [1, 2, 4, 8, 16, 64]
-    figure = Figure((6, 4), layout="constrained")
-    ax = figure.subplots()
-    for method in ("base", "nsr", "w_reinforce", "reinforce", "grpo", "psr"):
-        points = [values[f"{method}_pass_at_{k}"] for k in ks]
-        draw(ax, method.replace("_", "-").upper() if method != "base" else method, ks, points)
-    powers(ax, ks, "k (samples per problem)")
-    ax.set_ylabel("pass@k (share of problems)")
-    ax.legend(frameon=False)
+    """pass@k of the methods, where four of five answers are wrong at first, and where most are right;
+    64 samples for each of 100 problems.
+    """
+    figure = Figure((10, 4), layout="constrained")
+    wrong, right = figure.subplots(1, 2)
+    methods = "base", "nsr", "w_reinforce", "reinforce", "grpo", "psr"
+    for ax, name, ks in (
+        (wrong, "nsr", [1, 2, 4, 8, 16, 64]),
+        (right, "nsr_coverage", [1, 4, 16, 64]),
+    ):
+        values = results(name)
+        for color, method in enumerate(methods):
+            arm = method if name == "nsr" or method == "base" else f"{method}_60"
+            if f"{arm}_pass_at_1" in values:
+                points = [values[f"{arm}_pass_at_{k}"] for k in ks]
+                label = method if method == "base" else method.replace("_", "-").upper()
+                draw(ax, label, ks, points, f"C{color}o-")
+        powers(ax, ks, "k (samples per problem)")
+        ax.set_ylim(0, 1.02)
+        ax.legend(frameon=False, loc="lower right")
+    wrong.set_ylabel("pass@k (share of problems)")
+    wrong.set_title("a fifth is right at first, answers cut off at 48 tokens", fontsize=10)
+    right.set_title("learnt from easy problems, most right at first; 60 updates", fontsize=10)
     save(figure, "nsr")
 
 
 def ppo() -> None:
-    """Answers of at most 96 tokens: how many run into the limit, and how many are right."""
-    values = results("ppo_length")
+    """Answers of at most 96 tokens: how many run into the limit, and how many are right; and which
+    way a cosine reward moves the length of answers with room, by where accuracy starts.
+    """
+    values, moved = results("ppo_length"), results("ppo_direction")
     arms = {"base": "before", "plain": "plain reward", "cosine": "cosine reward"}
-    figure = Figure((5, 3.4), layout="constrained")
-    ax = figure.subplots()
+    figure = Figure((9, 3.4), layout="constrained")
+    ax, lengths = figure.subplots(1, 2)
     for arm, label in arms.items():
         ax.plot(values[f"{arm}_exceeds"], values[f"{arm}_accuracy"], "o", label=label)
     ax.set_xlim(0, 0.5)
@@ -68,6 +83,17 @@ def ppo() -> None:
     ax.set_xlabel("share of answers cut off at 96 tokens")
     ax.set_ylabel("accuracy, a dot a seed")
     ax.legend(frameon=False, loc="lower right")
+    starts = {"low": "a fifth right", "high": "more than half right"}
+    for place, start in enumerate(starts):
+        for shift, (arm, label) in enumerate(arms.items()):
+            found = moved[f"{start}_length" if arm == "base" else f"{start}_{arm}_length"]
+            xs = [place + 0.2 * (shift - 1)] * len(found)
+            lengths.plot(xs, found, "o", color=f"C{shift}", label=label if place == 0 else None)
+    lengths.set_xticks(range(2), list(starts.values()))
+    lengths.set_xlim(-0.5, 1.5)
+    lengths.set_ylim(0)
+    lengths.set_ylabel("tokens of an answer")
+    lengths.legend(frameon=False, loc="lower left")
     save(figure, "ppo")
 
 
