@@ -96,10 +96,9 @@ def main() -> None:
         flags = f"--model {base} {LEARN} --mode {method}"
         rows = run_script(out / name, "nsr.py", *flags.split(), *seed)
         values[f"{name}_updates"] = rows[-1]["optimizer_steps"]
+        first = rows[0]  # the first rollout is the base's
         for measured in ("accuracy", "entropy"):
-            values[f"base_trained_{measured}"] = rows[0][
-                measured
-            ]  # the first rollout is the base's
+            values[f"base_trained_{measured}"] = first[measured]
             values[f"{name}_60_trained_{measured}"] = mean(row[measured] for row in rows[-8:])
         for step in (20, 60):
             measure(f"{name}_{step}", out / name / f"step-{step:06d}")

@@ -9,6 +9,9 @@ Two layers of width 128 in every arm: too few to multiply five elements in one p
 
     python docs/experiments/thoughts.py --seed 0 --out out/thoughts-0
 
+4000 updates; the default of coconut.py, 6000, is `coconut.py --resume out/thoughts-0/ARM --steps
+6000` from there.
+
 Claims, written before the runs of seeds 0, 1, 2, are in CLAIMS; names as in
 docs/results/coconut.json. Whoever knows signs alone, even or odd, is right in 0.333.
 """
@@ -29,10 +32,10 @@ CLAIMS = [
     "coconut_tokens <= 0.25 * cot_tokens",
 ]
 ARMS = {
-    "coconut": "",
+    "coconut": "--steps 4000",
     "cot": "--mode cot --steps 1000",
-    "no_cot": "--mode no_cot",
-    "pause": "--mode pause",
+    "no_cot": "--mode no_cot --steps 4000",
+    "pause": "--mode pause --steps 4000",
 }
 STAGES = "in_words", "step_1", "step_2", "step_3"  # what is thought at the end of a stage
 
