@@ -1,6 +1,6 @@
 """What a run of coconut.py reached at the end of each stage, and what its thoughts say.
 
-    python docs/experiments/coconut.py out/coconut-affine-0-260101-120000
+    python docs/experiments/coconut.py out/coconut-s3-0-260101-120000
 
 The second table is the probe of arXiv:2412.06769 sec. 5: a thought is put through the head, as if a
 token were drawn there. A column is the result of step 1, 2, ..: its mean probability among all
