@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from docs.experiments.runs import parse, parser_of, run_script, show_claims  # noqa: E402
+from docs.experiments.runs import evaluations, parse, parser_of, run_script, show_claims  # noqa: E402
 
 CLAIMS = [
     "coconut >= 0.90",
@@ -45,8 +45,7 @@ def main() -> None:
     values = {}
     for arm, flags in ARMS.items():
         rows = run_script(out / arm, "coconut.py", *flags.split(), *seed)
-        found = [row for row in rows if "eval/accuracy" in row and row["step"] > 0]
-        found.sort(key=lambda row: row["step"])
+        found = evaluations(rows)[1:]  # the ends of stages, and the last update
         values[arm] = found[-1]["eval/accuracy"]
         values[f"{arm}_tokens"] = found[-1]["eval/generated_tokens"]
         for stage, row in zip(STAGES, found, strict=False):
