@@ -214,21 +214,29 @@ def seconds_a_token(metrics: dict[str, float], way: str) -> float:
 
 
 def pooled(runs: dict[int, Path]) -> dict[str, float]:
-    """The gap over the problems of all seeds, and its one-sided 95 % bound.
-
-    Seeds share problems: the error is that of independent problems, not of independent answers.
-    """
-    task, by_problem, gaps = Searches(hits=2), defaultdict(list), []
+    """The gap over the problems of all seeds, and its one-sided 95 % bound."""
+    task, by_problem = Searches(hits=2), defaultdict(list)
     for seed, run in runs.items():
         records = read_json(last_checkpoint(run) / "records.json")["records"]
         for problem, record in zip(heldout(task, len(records), seed), records, strict=True):
             gap = record["specreason"]["accuracy"] - record["base"]["accuracy"]
             by_problem[task.key(problem)].append(gap)
-            gaps.append(gap)
-    gap = mean(gaps)
-    squares = [sum(g - gap for g in found) ** 2 for found in by_problem.values()]
-    error = math.sqrt(sum(squares)) / len(gaps)
+    gap, error = mean_and_error(list(by_problem.values()))
     return {"pooled_gap": gap, "gap_low": gap - 1.645 * error, "problems": len(by_problem)}
+
+
+def mean_and_error(groups: list[list[float]]) -> tuple[float, float]:
+    """The mean of all values and its standard error, where groups are independent, not values.
+
+    Seeds share problems, so answers to one problem stand in one group.
+
+    >>> mean_and_error([[1.0], [0.0], [1.0], [0.0]]), mean_and_error([[1.0, 1.0], [0.0, 0.0]])
+    ((0.5, 0.25), (0.5, 0.3535533905932738))
+    """
+    values = sum(groups, [])
+    average = mean(values)
+    squares = [sum(value - average for value in group) ** 2 for group in groups]
+    return average, math.sqrt(sum(squares)) / len(values)
 
 
 def main() -> None:
