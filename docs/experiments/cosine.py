@@ -20,7 +20,6 @@ Lengths and accuracies are held-out ones; of two numbers there are 19 problems t
 trained_accuracy is that of the first rollout.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,4 +92,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    os._exit(0)

@@ -19,7 +19,6 @@ entropy is that of held-out answers, trained_entropy of those of the last 8 roll
 first). An update without a kept answer is none: nsr_updates counts.
 """
 
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,4 +106,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    os._exit(0)

@@ -173,4 +173,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    os._exit(0)
+    os._exit(0)  # as the scripts: threads of gloo may abort sys.exit
